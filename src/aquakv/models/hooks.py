@@ -1,0 +1,85 @@
+"""Hooks that tell a cache what `Cache.update` is not told: position ids and padding."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from aquakv.models.adapter import ModelAdapter, adapt
+
+
+@runtime_checkable
+class ForwardObserver(Protocol):
+    """A cache that wants to hear of the forward passes it is used in."""
+
+    def forward_begins(self, attention_mask: Tensor | None) -> None:
+        """Receive the 2-D padding mask ``[batch, tokens]``, if the caller gave one."""
+        ...
+
+    def positions_known(self, position_ids: Tensor) -> None:
+        """Receive the position ids ``[batch or 1, new_tokens]`` that the rotary embedding is made from."""
+        ...
+
+    def forward_ends(self) -> None:
+        """Learn that the pass is over, successfully or not."""
+        ...
+
+
+class ModelHooks:
+    """The hooks on one model, shared by all observers and removed with the last of them."""
+
+    _by_model: weakref.WeakKeyDictionary[PreTrainedModel, ModelHooks] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._handles: list[Any] = []
+        self._current: ForwardObserver | None = None
+
+    @classmethod
+    def acquire(cls, model: PreTrainedModel, user: object) -> ModelAdapter:
+        """Install the hooks for ``user`` and return the model's adapter; they go when ``user`` does."""
+        adapter = adapt(model)
+        hooks = cls._by_model.get(model)
+        if hooks is None:
+            hooks = cls._by_model[model] = cls()
+        if hooks._users == 0:
+            hooks._install(adapter)
+        hooks._users += 1
+        weakref.finalize(user, cls._release, hooks).atexit = False
+        return adapter
+
+    @staticmethod
+    def _release(hooks: ModelHooks) -> None:
+        hooks._users -= 1
+        if hooks._users == 0:
+            for handle in hooks._handles:
+                handle.remove()
+            hooks._handles.clear()
+
+    def _install(self, adapter: ModelAdapter) -> None:
+        self._handles = [
+            adapter.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            adapter.decoder.register_forward_hook(self._after_decoder, always_call=True),
+            adapter.rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True),
+        ]
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        candidates = [kwargs.get("past_key_values"), *args]
+        self._current = next((c for c in candidates if isinstance(c, ForwardObserver)), None)
+        if self._current is not None:
+            mask = kwargs.get("attention_mask")
+            two_dimensional = isinstance(mask, Tensor) and mask.ndim == 2
+            self._current.forward_begins(mask if two_dimensional else None)
+
+    def _before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._current is not None:
+            position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+            self._current.positions_known(position_ids)
+
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current, self._current = self._current, None
+        if current is not None:
+            current.forward_ends()
