@@ -1,0 +1,8 @@
+"""The compressed cache."""
+
+from aquakv.cache.aqua_cache import AquaCache, AquaLayer
+from aquakv.cache.footprint import Footprint
+from aquakv.cache.layout import TokenLayout
+from aquakv.cache.storage import CodedPages, ExactTokens
+
+__all__ = ["AquaCache", "AquaLayer", "CodedPages", "ExactTokens", "Footprint", "TokenLayout"]

@@ -1,0 +1,77 @@
+"""What a cache holds, in bytes taken from its tensors' storages."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a cache by part.
+
+    Attributes
+    ----------
+    code_bytes, scale_bytes
+        Packed codes and scales of the compressed tokens, all layers.
+    position_bytes
+        Position ids of all tokens; counted with the compressed region.
+    sink_bytes, tail_bytes
+        Tokens kept in the model's dtype: sinks, and the newest ones.
+    other_layer_bytes
+        Layers that are not compressed (sliding windows).
+    coded_values
+        Key and value entries that the compressed region stands for.
+    total_values
+        Key and value entries of all tokens at the compressed layers.
+    exact_cache_bytes
+        What an exact cache of the same tokens holds at the compressed layers.
+    """
+
+    code_bytes: int
+    scale_bytes: int
+    position_bytes: int
+    sink_bytes: int
+    tail_bytes: int
+    other_layer_bytes: int
+    coded_values: int
+    total_values: int
+    exact_cache_bytes: int
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes of the compressed region."""
+        return self.code_bytes + self.scale_bytes + self.position_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything that the cache holds."""
+        return self.coded_bytes + self.sink_bytes + self.tail_bytes + self.other_layer_bytes
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """Measured bits per value of the compressed region; None while nothing is compressed."""
+        return 8 * self.coded_bytes / self.coded_values if self.coded_values else None
+
+    @property
+    def bits_per_value_total(self) -> float | None:
+        """Measured bits per value of the compressed layers, exact tokens included; None while empty."""
+        held = self.coded_bytes + self.sink_bytes + self.tail_bytes
+        return 8 * held / self.total_values if self.total_values else None
+
+    def to_dict(self) -> dict[str, int | float | None]:
+        """Return all figures by name."""
+        derived = ("coded_bytes", "total_bytes", "bits_per_value", "bits_per_value_total")
+        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
+
+    def __str__(self) -> str:
+        bits = (
+            "nothing compressed yet"
+            if self.bits_per_value is None
+            else f"{self.bits_per_value:.3f} bits per value"
+        )
+        return (
+            f"{self.total_bytes / 2**20:.2f} MiB (codes {self.code_bytes / 2**20:.2f}, scales "
+            f"{self.scale_bytes / 2**20:.2f}, exact tokens {(self.sink_bytes + self.tail_bytes) / 2**20:.2f}; "
+            f"{bits}); an exact cache holds {self.exact_cache_bytes / 2**20:.2f} MiB"
+        )

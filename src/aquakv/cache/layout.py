@@ -1,0 +1,168 @@
+"""Which token is where: the bookkeeping that all layers of a cache share.
+
+Tokens are addressed by *row* (sequence of the batch) and *column* (index along the sequence axis as the model
+sees it, padding included). Columns before a row's first real token are padding and are never stored. A row's
+first ``sink_tokens`` real tokens are its sinks; behind them whole blocks of tokens are compressed, oldest
+first, so what is compressed of a row does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from aquakv.config import WindowConfig
+from aquakv.errors import CacheStateError
+
+
+@dataclass
+class TokenLayout:
+    """Host-side map of a cache's tokens.
+
+    Attributes
+    ----------
+    window
+        Which tokens stay exact.
+    columns
+        Columns held so far.
+    starts
+        Column of each row's first real token; ``columns`` while a row has none.
+    coded
+        Compressed tokens of each row.
+    pages
+        ``(row, first_column)`` of every compressed block, in storage order, the same at every layer.
+    positions
+        ``[rows, columns]`` int32 position ids, on the device of the first layer.
+    """
+
+    window: WindowConfig
+    columns: int = 0
+    starts: list[int] = field(default_factory=list)
+    coded: list[int] = field(default_factory=list)
+    pages: list[tuple[int, int]] = field(default_factory=list)
+    positions: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Batch size; 0 before the first tokens."""
+        return len(self.starts)
+
+    def lengths(self) -> list[int]:
+        """Return the number of real tokens of each row."""
+        return [self.columns - start for start in self.starts]
+
+    def first_exact_columns(self) -> list[int]:
+        """Return, for each row, the first column of its exact tail (behind sinks and compressed tokens)."""
+        sinks = self.window.sink_tokens
+        return [
+            min(self.columns, start + sinks + coded)
+            for start, coded in zip(self.starts, self.coded, strict=True)
+        ]
+
+    def append(self, new_columns: int, positions: Tensor, mask: Tensor | None, rows: int) -> None:
+        """Add columns.
+
+        Parameters
+        ----------
+        new_columns
+            How many.
+        positions
+            ``[rows or 1, new_columns]`` position ids.
+        mask
+            ``[rows, columns after the call]``, nonzero where a token is real, or None if all are.
+        rows
+            Batch size.
+
+        Raises
+        ------
+        CacheStateError
+            The batch size changed, or positions or mask have another shape than the keys.
+        """
+        if not self.starts:
+            self.starts, self.coded = [0] * rows, [0] * rows
+        if rows != self.rows:
+            raise CacheStateError(f"the cache holds {self.rows} sequences, but got keys of {rows}")
+        if positions.ndim != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != new_columns:
+            raise CacheStateError(
+                f"expected position ids of shape [{rows} or 1, {new_columns}], got {list(positions.shape)}"
+            )
+        after = self.columns + new_columns
+        if any(start == self.columns for start in self.starts):  # rows that are empty or all padding so far
+            self._find_starts(mask, after, rows)
+        positions = positions.detach().to(torch.int32).expand(rows, -1)
+        old = [] if self.positions is None else [self.positions]
+        self.positions = torch.cat([*old, positions.to(old[0].device if old else positions.device)], 1)
+        self.columns = after
+
+    def _find_starts(self, mask: Tensor | None, after: int, rows: int) -> None:
+        leading = [0] * rows
+        if mask is not None:
+            if mask.shape[0] not in (1, rows) or mask.shape[1] < after:
+                raise CacheStateError(
+                    f"expected an attention mask of shape [{rows}, {after}], got {list(mask.shape)}"
+                )
+            real = mask[:, :after].ne(0).expand(rows, -1)
+            leading = torch.where(real.any(1), real.int().argmax(1), after).tolist()
+        for row, start in enumerate(self.starts):
+            if start == self.columns:
+                self.starts[row] = max(start, leading[row])
+
+    def blocks_due(self) -> list[tuple[int, int]]:
+        """Return ``(row, first_column)`` of the blocks to compress now, row by row, oldest first."""
+        due = []
+        for row, length in enumerate(self.lengths()):
+            first = self.starts[row] + self.window.sink_tokens
+            for token in range(self.coded[row], self.window.coded_tokens(length), self.window.block_tokens):
+                due.append((row, first + token))
+        return due
+
+    def commit(self, blocks: list[tuple[int, int]]) -> None:
+        """Record blocks as compressed."""
+        for row, _ in blocks:
+            self.coded[row] += self.window.block_tokens
+        self.pages.extend(blocks)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest ``tokens`` columns, none of which may be compressed."""
+        after = self.columns - tokens
+        for row, coded in enumerate(self.coded):
+            if coded and after < self.starts[row] + self.window.sink_tokens + coded:
+                held = self.columns - self.starts[row] - self.window.sink_tokens - coded
+                raise CacheStateError(
+                    f"cannot remove {tokens} tokens: only the newest {held} of sequence {row} are still exact; "
+                    f"build the cache with a recent_window of at least {tokens}"
+                )
+        self.columns = after
+        self.starts = [min(start, after) for start in self.starts]
+        if self.positions is not None:
+            self.positions = self.positions[:, :after].clone()
+
+    def select(self, rows: list[int]) -> list[int]:
+        """Make the batch ``rows`` of the present one; return the present page that each new page copies."""
+        by_row: dict[int, list[int]] = {row: [] for row in range(self.rows)}
+        for index, (row, _) in enumerate(self.pages):
+            by_row[row].append(index)
+        source = [index for row in rows for index in by_row[row]]
+        self.pages = [
+            (new_row, self.pages[index][1]) for new_row, row in enumerate(rows) for index in by_row[row]
+        ]
+        self.starts = [self.starts[row] for row in rows]
+        self.coded = [self.coded[row] for row in rows]
+        if self.positions is not None:
+            self.positions = self.positions[rows]
+        return source
+
+    def page_columns(self, blocks: list[tuple[int, int]], device: torch.device) -> Tensor:
+        """Return the flat index ``row * columns + column`` of every token of ``blocks``, in order, int64."""
+        first = torch.tensor([row * self.columns + column for row, column in blocks], dtype=torch.long)
+        offsets = torch.arange(self.window.block_tokens)
+        return (first[:, None] + offsets).flatten().to(device, non_blocking=True)
+
+    def is_contiguous(self, blocks: list[tuple[int, int]]) -> bool:
+        """Tell whether ``blocks`` cover one run of columns of a single row, in order."""
+        if self.rows != 1 or not blocks:
+            return False
+        step = self.window.block_tokens
+        return all(column == blocks[0][1] + i * step for i, (_, column) in enumerate(blocks))

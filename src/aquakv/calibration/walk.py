@@ -1,0 +1,136 @@
+"""Walk a model layer by layer, so that no more than one layer's keys and values are held at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aquakv.errors import UnsupportedModelError
+from aquakv.models.adapter import ModelAdapter
+from aquakv.models.rotary import unrotate
+
+
+class _Capture:
+    """Stands in for a cache and keeps the keys and values that one layer hands to it.
+
+    With ``stop`` the layer ends there: nobody wants the rest of the last one.
+    """
+
+    def __init__(self, stop: bool) -> None:
+        self.stop = stop
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        if self.stop:
+            raise _Stop
+        return key_states, value_states
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what is wanted of it is known."""
+
+
+class LayerWalk:
+    """Hidden states of a set of sequences, advanced one decoder layer at a time.
+
+    Parameters
+    ----------
+    adapter
+        The model.
+    tokens
+        ``[sequences, seq_len]`` int64.
+    batch_size
+        Sequences run at once.
+    device
+        Where the hidden states of all sequences wait between layers.
+    """
+
+    def __init__(self, adapter: ModelAdapter, tokens: Tensor, batch_size: int, device: torch.device) -> None:
+        self.adapter = adapter
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype: torch.dtype = adapter.model.dtype
+        self.sequences, self.seq_len = tokens.shape
+        self._arguments = self._layer_arguments(tokens[:1])
+        self.hidden = [self._embed(batch).to(device) for batch in tokens.split(batch_size)]
+
+    def _layer_arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
+        """Return the keyword arguments that every layer gets; they hold for any batch of such sequences."""
+        arguments: list[dict[str, Any]] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if len(args) > 1:
+                raise UnsupportedModelError(
+                    f"model type {self.adapter.name!r} passes its layers positional arguments; "
+                    "expected keyword arguments beside the hidden states"
+                )
+            dropped = ("hidden_states", "past_key_values", "use_cache")
+            arguments.append({k: v for k, v in kwargs.items() if k not in dropped})
+
+        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.adapter.layers]
+        try:
+            self.adapter.decoder(input_ids=tokens.to(self.adapter.model.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return arguments
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states that enter the first layer."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        handle = self.adapter.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.adapter.decoder(input_ids=tokens.to(self.adapter.model.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def advance(self, layer_idx: int, on_batch: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run one layer over all sequences.
+
+        Yields, for every batch of a layer that is compressed, keys before rotary embedding and values, each
+        ``[sequences, seq_len, num_kv_heads * head_dim]`` in the model's dtype; nothing for other layers.
+        """
+        layer = self.adapter.layers[layer_idx]
+        compressed = layer_idx in self.adapter.compressed_layers
+        is_last = layer_idx == self.adapter.compressed_layers[-1]
+        tables = None
+        for index, hidden in enumerate(self.hidden):
+            capture = _Capture(stop=is_last)
+            hidden = hidden.to(self.adapter.model.device)
+            try:
+                output = layer(hidden, **self._arguments[layer_idx], past_key_values=capture, use_cache=True)
+                self.hidden[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
+            except _Stop:
+                pass
+            on_batch()
+            if not compressed:
+                continue
+            if capture.keys is None or capture.values is None:
+                raise UnsupportedModelError(
+                    f"model type {self.adapter.name!r}: layer {layer_idx} did not hand keys to its cache"
+                )
+            keys = capture.keys.transpose(1, 2)  # [sequences, seq_len, heads, head_dim]
+            if tables is None:
+                positions = torch.arange(self.seq_len)
+                tables = self.adapter.rotary_tables(positions, layer_idx, self.dtype, keys.device)
+            rows = keys.shape[0]
+            per_row = torch.stack([unrotate(row, tables) for row in keys]).to(self.dtype)
+            yield (
+                per_row.reshape(rows, self.seq_len, -1),
+                capture.values.transpose(1, 2).reshape(rows, self.seq_len, -1),
+            )
