@@ -1,0 +1,115 @@
+"""Arguments, options and displays that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from aquakv.errors import ConfigError
+from aquakv.models.demo import demo_model_path
+from aquakv.models.loading import DEMO, LoadedModel, load_model
+
+#: What is meant for people goes to stderr; results go to stdout.
+messages = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    """Dtypes that a model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="'demo', a local directory or a Hugging Face id.")
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        envvar="AQUAKV_DATA_DIR",
+        help="Where named sets lie (wikitext2/test.txt, longbench/TASK.jsonl, gsm8k/test.jsonl); else the Hub.",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype to load the model in.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of each sequence.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+DATA_HELP = (
+    "pydoc:train|test, stdlib:train|test, wikitext2:validation|test, longbench/TASK, gsm8k:test, or a text or "
+    "JSONL file."
+)
+
+
+class _Counter(Protocol):
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+
+def load(model: str, dtype: Dtype, device: str) -> LoadedModel:
+    """Load a model, saying what takes long."""
+    if model == DEMO:
+        demo_model_path(lambda text: messages.print(f"[dim]{text}[/dim]", highlight=False))
+    return load_model(model, dtype.value, device)
+
+
+def require_length(seq_len: int, loaded: LoadedModel) -> None:
+    """Raise before anything is tokenised if sequences are longer than the model takes."""
+    longest = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and seq_len > longest:
+        raise ConfigError(
+            f"--seq-len {seq_len} is longer than {loaded.name}'s maximum of {longest} tokens; give {longest} or less"
+        )
+
+
+@contextmanager
+def progress_bar(label: str, unit: str) -> Iterator[Callable[[_Counter], None]]:
+    """Show a progress bar with time left on stderr; yields the function to report to."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages) as progress:
+        task = progress.add_task(label, total=None)
+
+        def report(state: _Counter) -> None:
+            layer, layers = getattr(state, "layer", None), getattr(state, "num_layers", None)
+            where = "" if layer is None else f", layer {layer + 1}/{layers}"
+            progress.update(task, description=label + where, completed=state.done, total=state.total)
+
+        yield report
+
+
+def percent(fraction: float, digits: int = 2) -> str:
+    """Format a fraction as a signed percentage."""
+    return f"{100 * fraction:+.{digits}f} %"
+
+
+def mebibytes(count: int) -> str:
+    """Format bytes."""
+    return f"{count / 2**20:.2f} MiB"

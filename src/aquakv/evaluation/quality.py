@@ -1,0 +1,236 @@
+"""Perplexity, divergence and agreement of a compressed cache, against the exact cache of the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aquakv.cache import AquaCache
+from aquakv.codec import ModelCodec
+from aquakv.config import WindowConfig
+from aquakv.errors import DataError
+from aquakv.evaluation.single_pass import single_pass
+from aquakv.models.adapter import adapt
+
+Protocol = Literal["streaming", "single-pass"]
+PROTOCOLS: tuple[Protocol, ...] = ("streaming", "single-pass")
+
+#: Positions whose distributions are compared at once: bounds the float32 scratch at two such slices.
+_COMPARE_TOKENS = 256
+
+
+@dataclass
+class Quality:
+    """What a compressed cache costs, on the same tokens in the same run as the exact cache.
+
+    Attributes
+    ----------
+    tokens
+        Predicted tokens.
+    exact_nll, nll
+        Summed negative log-likelihood in nats, exact and compressed.
+    kl
+        Summed Kullback-Leibler divergence from the exact to the compressed distribution, in nats.
+    agreements
+        Positions at which both hold the same token most likely.
+    coded_bytes, coded_values
+        Bytes of the compressed region and the values that it stands for.
+    held_bytes, held_values
+        The same with all exact tokens; zero for the single-pass protocol, which holds no cache.
+    """
+
+    tokens: int = 0
+    exact_nll: float = 0.0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreements: int = 0
+    coded_bytes: int = 0
+    coded_values: int = 0
+    held_bytes: int = 0
+    held_values: int = 0
+
+    @property
+    def baseline_perplexity(self) -> float:
+        """Perplexity with the exact cache."""
+        return math.exp(self.exact_nll / self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity with the compressed cache."""
+        return math.exp(self.nll / self.tokens)
+
+    @property
+    def relative_increase(self) -> float:
+        """Relative increase of perplexity; 0.01 is one per cent."""
+        return math.expm1((self.nll - self.exact_nll) / self.tokens)
+
+    @property
+    def mean_kl(self) -> float:
+        """Divergence in nats per token."""
+        return self.kl / self.tokens
+
+    @property
+    def top1_agreement(self) -> float:
+        """Fraction of positions at which both hold the same token most likely."""
+        return self.agreements / self.tokens
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """Measured bits per value of the compressed region; None if nothing was compressed."""
+        return 8 * self.coded_bytes / self.coded_values if self.coded_values else None
+
+    @property
+    def bits_per_value_total(self) -> float | None:
+        """Measured bits per value, exact tokens included; None where no cache was held."""
+        return 8 * self.held_bytes / self.held_values if self.held_values else None
+
+    def compare(self, exact: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add positions: logits ``[rows, tokens, vocabulary]`` of both, and the tokens that followed."""
+        for start in range(0, logits.shape[1], _COMPARE_TOKENS):
+            part = slice(start, start + _COMPARE_TOKENS)
+            p = exact[:, part].float().log_softmax(-1)
+            q = logits[:, part].float().log_softmax(-1)
+            following = targets[:, part, None]
+            self.exact_nll -= float(p.gather(-1, following).sum(dtype=torch.float64))
+            self.nll -= float(q.gather(-1, following).sum(dtype=torch.float64))
+            self.agreements += int((p.argmax(-1) == q.argmax(-1)).sum())
+            self.kl += float(torch.sub(p, q).mul_(p.exp_()).sum(dtype=torch.float64))
+            self.tokens += following.numel()
+
+
+@dataclass
+class EvaluationProgress:
+    """Sequences done and in all, over all codecs."""
+
+    done: int
+    total: int
+
+
+@dataclass
+class _Ticker:
+    total: int
+    report: Callable[[EvaluationProgress], None] | None
+    done: int = field(default=0)
+
+    def __call__(self, sequences: int) -> None:
+        self.done += sequences
+        if self.report is not None:
+            self.report(EvaluationProgress(self.done, self.total))
+
+
+@torch.no_grad()
+def evaluate_quality(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    codecs: Mapping[str, ModelCodec | None],
+    *,
+    protocol: Protocol = "streaming",
+    batch_size: int = 1,
+    window: WindowConfig | None = None,
+    progress: Callable[[EvaluationProgress], None] | None = None,
+) -> dict[str, Quality]:
+    """Compare codecs with the exact cache on the same tokens.
+
+    Parameters
+    ----------
+    model
+        The model.
+    tokens
+        ``[sequences, seq_len]`` int64 without padding; every token but each sequence's first is predicted.
+    codecs
+        By name; None stands for the exact cache itself.
+    protocol
+        ``streaming`` feeds the tokens block by block through an `AquaCache`; ``single-pass`` computes the
+        same in one forward pass.
+    batch_size
+        Sequences at once.
+    window
+        Which tokens stay exact; each codec's own choice if None.
+    progress
+        Called after every batch.
+
+    Raises
+    ------
+    DataError
+        The sequences are longer than the model takes, or too short to predict anything.
+    """
+    adapter = adapt(model)
+    sequences, seq_len = tokens.shape
+    if sequences < 1 or seq_len < 2:
+        raise DataError(f"expected at least one sequence of two tokens, got shape {list(tokens.shape)}")
+    if adapter.max_length is not None and seq_len > adapter.max_length:
+        raise DataError(
+            f"sequences of {seq_len} tokens are longer than the model's maximum of {adapter.max_length}; "
+            f"use --seq-len {adapter.max_length} or less"
+        )
+    results = {name: Quality() for name in codecs}
+    tick = _Ticker(sequences * (1 + len(codecs)), progress)
+    for batch in tokens.split(batch_size):
+        batch = batch.to(model.device)
+        exact = model(input_ids=batch, use_cache=False).logits
+        tick(len(batch))
+        for name, codec in codecs.items():
+            for start, logits in _compressed_logits(
+                model, codec, protocol, window, batch, exact, results[name]
+            ):
+                targets = batch[:, start + 1 : start + 1 + logits.shape[1]]
+                predicted = targets.shape[1]
+                if predicted:
+                    part = exact[:, start : start + predicted]
+                    results[name].compare(part, logits[:, :predicted], targets)
+            tick(len(batch))
+    return results
+
+
+def _compressed_logits(
+    model: PreTrainedModel,
+    codec: ModelCodec | None,
+    protocol: Protocol,
+    window: WindowConfig | None,
+    batch: Tensor,
+    exact: Tensor,
+    quality: Quality,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(first position, logits)`` of a batch, piece by piece."""
+    if codec is None:
+        return iter([(0, exact)])
+    run = _stream if protocol == "streaming" else _one_pass
+    return run(model, codec, window or codec.config.window, batch, quality)
+
+
+def _stream(
+    model: PreTrainedModel, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
+) -> Iterator[tuple[int, Tensor]]:
+    """Feed a batch through a real cache and yield ``(first position, logits)`` of every block.
+
+    The blocks end where the cache compresses, so that every query sees what it would see token by token.
+    """
+    cache = AquaCache(model, codec, window=window)
+    first = window.sink_tokens + window.recent_window + window.block_tokens
+    start, seq_len = 0, batch.shape[1]
+    for end in [*range(first, seq_len, window.block_tokens), seq_len]:
+        yield start, model(input_ids=batch[:, start:end], past_key_values=cache, use_cache=True).logits
+        start = end
+    footprint = cache.footprint()
+    quality.coded_bytes += footprint.coded_bytes if footprint.coded_values else 0
+    quality.coded_values += footprint.coded_values
+    quality.held_bytes += footprint.coded_bytes + footprint.sink_bytes + footprint.tail_bytes
+    quality.held_values += footprint.total_values
+
+
+def _one_pass(
+    model: PreTrainedModel, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
+) -> Iterator[tuple[int, Tensor]]:
+    adapter = adapt(model)
+    codec.fingerprint.require_match(adapter.fingerprint())
+    with single_pass(adapter, codec, window, batch.shape[1]) as cache:
+        logits = model(input_ids=batch, past_key_values=cache, use_cache=True).logits
+    quality.coded_bytes += cache.coded_bytes
+    quality.coded_values += cache.coded_values
+    yield 0, logits
