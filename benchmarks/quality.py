@@ -13,7 +13,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from aquakv import calibrate_many, evaluate_quality, preset
+from aquakv import Quality, calibrate_many, evaluate_quality, preset
 from aquakv.config import PredictorConfig
 from aquakv.data import token_sequences
 from aquakv.evaluation.results import quality_fields, write_benchmark
@@ -28,6 +28,14 @@ CONFIGS = {
     "paper 3 bit": preset("paper", 3),
     "paper 4 bit": preset("paper", 4),
 }
+
+
+def describe(name: str, quality: Quality) -> str:
+    return (
+        f"  {name:34s} {quality.bits_per_value:.3f} bits  perplexity {quality.perplexity:.4f} "
+        f"(exact {quality.baseline_perplexity:.4f})  {100 * quality.relative_increase:+.3f} %  "
+        f"KL {quality.mean_kl:.5f}  top-1 {100 * quality.top1_agreement:.2f} %"
+    )
 
 
 def main() -> None:
@@ -82,15 +90,10 @@ def main() -> None:
                     "dtype": dtype,
                     "protocol": protocol,
                 }
-                print(f"{data}, {options.samples} x {options.seq_len}, {dtype}, {protocol}: {elapsed:.0f} s")
+                print(f"{data}, {dtype}, {protocol}: {elapsed:.0f} s")
                 for name, quality in qualities.items():
                     rows.append({"contestant": name, **setting, **quality_fields(quality)})
-                    print(
-                        f"  {name:34s} {quality.bits_per_value:.3f} bits  perplexity {quality.perplexity:.4f} "
-                        f"(exact {quality.baseline_perplexity:.4f})  {100 * quality.relative_increase:+.3f} %  "
-                        f"KL {quality.mean_kl:.5f}  top-1 {100 * quality.top1_agreement:.2f} %",
-                        flush=True,
-                    )
+                    print(describe(name, quality), flush=True)
     write_benchmark(options.out, rows)
 
 

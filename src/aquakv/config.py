@@ -207,8 +207,8 @@ def preset(name: str, bits: float | None = None) -> CodecConfig:
     ----------
     name
         ``paper`` (arXiv:2501.19392: dense predictors, Hadamard transform, equal bits, two-dimensional grid,
-        first layer at 4 bits) or ``higgs`` (the same without predictors: arXiv:2411.17525 after subtraction of each layer's mean, which
-        costs nothing and makes it a stronger baseline).
+        first layer at 4 bits) or ``higgs`` (the same without predictors: arXiv:2411.17525 after subtraction
+        of each layer's mean, which costs nothing and makes it a stronger baseline).
     bits
         Mean bits per coefficient; the preset's own (2) if None.
 

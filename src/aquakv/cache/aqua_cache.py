@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -142,7 +142,7 @@ class AquaCache(Cache):
 
     def _build(self) -> None:
         self.layout = TokenLayout(self.window)
-        self.layers = self._adapter.exact_layers()
+        self.layers: list[Any] = self._adapter.exact_layers()
         for index in self._adapter.compressed_layers:
             self.layers[index] = AquaLayer(self.layout, CodedPages(self.window.block_tokens))
 
@@ -151,6 +151,11 @@ class AquaCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, AquaLayer)]
 
     # --- what the hooks report -------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder stack whose forward passes concern this cache."""
+        return self._adapter.decoder
 
     def forward_begins(self, attention_mask: Tensor | None) -> None:
         """Receive the padding mask of a forward pass (called by the model's hooks)."""
@@ -166,7 +171,8 @@ class AquaCache(Cache):
         self._in_forward, self._mask, self._positions = False, None, None
 
     def _require_intact(self) -> None:
-        if self._step is not None:
+        # Sliding layers before the first compressed one, or behind the last, fail outside of any step.
+        if self._step is not None or len({layer.get_seq_length() for layer in self.layers}) > 1:
             raise CacheStateError(
                 "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
             )
@@ -206,8 +212,9 @@ class AquaCache(Cache):
             self._begin_step(key_states)
         step = self._step
         if step is None or order != step.next_layer:
-            expected = "the first compressed layer" if step is None else f"compressed layer {step.next_layer}"
-            raise CacheStateError(f"layer {layer_idx} was updated out of turn; {expected} comes next")
+            turn = 0 if step is None else step.next_layer
+            expected = self._adapter.compressed_layers[turn]
+            raise CacheStateError(f"layer {layer_idx} was updated out of turn; layer {expected} comes next")
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         if key_states.dtype != layer.dtype:
@@ -224,7 +231,7 @@ class AquaCache(Cache):
         self._require_intact()
         if not self._in_forward or self._positions is None:
             raise CacheStateError(
-                "AquaCache.update was called outside a forward pass of the model that the cache was built for; "
+                "AquaCache.update was called outside a forward pass of the model that it was built for; "
                 f"expected a {self._adapter.name} forward pass with past_key_values=cache"
             )
         rows, _, new_columns, _ = key_states.shape
@@ -359,10 +366,17 @@ class AquaCache(Cache):
         removed = min(removed, columns)
         if removed == 0:
             return
+        for layer in self.layers:
+            dropped = layer.is_sliding and columns >= layer.sliding_window  # type: ignore[attr-defined]
+            if dropped and not getattr(layer, "record_past", False):
+                raise CacheStateError(
+                    f"cannot remove {removed} tokens: layers with a sliding window have dropped what was before "
+                    "them; call activate_past_recording() before feeding tokens that may have to go"
+                )
         self.layout.crop(removed)
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):
-                layer.crop(-removed)  # type: ignore[attr-defined]
+                layer.crop(-removed)
             elif layer.exact is not None:
                 kept = max(0, layer.exact.tail_keys.shape[1] - removed)
                 layer.exact.tail_keys = layer.exact.tail_keys[:, :kept].clone()
@@ -374,14 +388,17 @@ class AquaCache(Cache):
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep copies of the given rows, in that order."""
-        rows = torch.as_tensor(indices).tolist()
         self._require_intact()
-        if not self.layout.rows or rows == list(range(self.layout.rows)):
+        if not self.layout.rows:
+            return
+        everything = torch.arange(self.layout.rows)
+        rows = everything[torch.as_tensor(indices).cpu()].tolist()  # negative numbers and masks as for tensors
+        if rows == everything.tolist():
             return
         pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):
-                layer.batch_select_indices(torch.as_tensor(rows))  # type: ignore[attr-defined]
+                layer.batch_select_indices(torch.as_tensor(rows))
             elif layer.exact is not None:
                 layer.pages.select(pages)
                 layer.exact.select(torch.as_tensor(rows))
@@ -429,7 +446,7 @@ class AquaCache(Cache):
 
 
 def reconstruction_dtype(key_states: Tensor) -> torch.dtype:
-    """Return the dtype that codes are reconstructed in: the keys' own, but not float16 on a CPU (slow there)."""
+    """Return the dtype that codes are reconstructed in: the keys' own, but not float16 on a CPU."""
     on_cpu_half = key_states.device.type == "cpu" and key_states.dtype == torch.float16
     return torch.float32 if on_cpu_half else key_states.dtype
 

@@ -65,13 +65,12 @@ class Footprint:
         return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
 
     def __str__(self) -> str:
-        bits = (
-            "nothing compressed yet"
-            if self.bits_per_value is None
-            else f"{self.bits_per_value:.3f} bits per value"
-        )
+        bits = "nothing compressed yet"
+        if self.bits_per_value is not None:
+            bits = f"{self.bits_per_value:.3f} bits per value"
+        exact_tokens = self.sink_bytes + self.tail_bytes
         return (
             f"{self.total_bytes / 2**20:.2f} MiB (codes {self.code_bytes / 2**20:.2f}, scales "
-            f"{self.scale_bytes / 2**20:.2f}, exact tokens {(self.sink_bytes + self.tail_bytes) / 2**20:.2f}; "
+            f"{self.scale_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}; "
             f"{bits}); an exact cache holds {self.exact_cache_bytes / 2**20:.2f} MiB"
         )

@@ -114,8 +114,8 @@ class TokenLayout:
         due = []
         for row, length in enumerate(self.lengths()):
             first = self.starts[row] + self.window.sink_tokens
-            for token in range(self.coded[row], self.window.coded_tokens(length), self.window.block_tokens):
-                due.append((row, first + token))
+            tokens = range(self.coded[row], self.window.coded_tokens(length), self.window.block_tokens)
+            due.extend((row, first + token) for token in tokens)
         return due
 
     def commit(self, blocks: list[tuple[int, int]]) -> None:
@@ -131,7 +131,7 @@ class TokenLayout:
             if coded and after < self.starts[row] + self.window.sink_tokens + coded:
                 held = self.columns - self.starts[row] - self.window.sink_tokens - coded
                 raise CacheStateError(
-                    f"cannot remove {tokens} tokens: only the newest {held} of sequence {row} are still exact; "
+                    f"cannot remove {tokens} tokens: only {held} of sequence {row} are still exact; "
                     f"build the cache with a recent_window of at least {tokens}"
                 )
         self.columns = after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -119,7 +120,7 @@ class ExactTokens:
         return sinks, storage_bytes(self.tail_keys, self.tail_values)
 
 
-def _map(function, encoded: EncodedTokens) -> EncodedTokens:  # noqa: ANN001
+def _map(function: Callable[[Tensor], Tensor], encoded: EncodedTokens) -> EncodedTokens:
     return EncodedTokens(*(EncodedVectors(*(function(t) for t in part)) for part in encoded))
 
 

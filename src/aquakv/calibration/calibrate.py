@@ -188,6 +188,6 @@ def _check_enough(name: str, config: CodecConfig, features: int, tokens: int) ->
     needed = features * (len(config.predictor.value_inputs) if config.predictor.kind == "dense" else 0)
     if tokens < needed:
         raise DataError(
-            f"{name or config.preset}: expected at least {needed} calibration tokens beside the held-out ones "
-            f"(as many as a predictor has inputs), got {tokens}; use more or longer sequences"
+            f"{name or config.preset}: expected at least {needed} calibration tokens beside held-out ones "
+            f"(a predictor's number of inputs), got {tokens}; use more or longer sequences"
         )

@@ -29,11 +29,11 @@ class _Capture:
     ) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states
         if self.stop:
-            raise _Stop
+            raise _StopForwardError
         return key_states, value_states
 
 
-class _Stop(Exception):
+class _StopForwardError(Exception):
     """Ends a forward pass once what is wanted of it is known."""
 
 
@@ -88,12 +88,12 @@ class LayerWalk:
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
+            raise _StopForwardError
 
         handle = self.adapter.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.adapter.decoder(input_ids=tokens.to(self.adapter.model.device), use_cache=False)
-        except _Stop:
+        except _StopForwardError:
             pass
         finally:
             handle.remove()
@@ -115,7 +115,7 @@ class LayerWalk:
             try:
                 output = layer(hidden, **self._arguments[layer_idx], past_key_values=capture, use_cache=True)
                 self.hidden[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
-            except _Stop:
+            except _StopForwardError:
                 pass
             on_batch()
             if not compressed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -27,7 +27,7 @@ from aquakv.models.loading import DEMO, LoadedModel, load_model
 messages = Console(stderr=True)
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Dtypes that a model can be loaded in."""
 
     auto = "auto"
@@ -36,15 +36,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="'demo', a local directory or a Hugging Face id.")
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="'demo', a directory or a Hugging Face id.")]
 DataDir = Annotated[
     Path | None,
     typer.Option(
         "--data-dir",
         envvar="AQUAKV_DATA_DIR",
-        help="Where named sets lie (wikitext2/test.txt, longbench/TASK.jsonl, gsm8k/test.jsonl); else the Hub.",
+        help="Where named sets lie, such as wikitext2/test.txt; else they come from the Hub.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
@@ -54,8 +52,8 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences a
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 DATA_HELP = (
-    "pydoc:train|test, stdlib:train|test, wikitext2:validation|test, longbench/TASK, gsm8k:test, or a text or "
-    "JSONL file."
+    "pydoc:train|test, stdlib:train|test, wikitext2:validation|test, longbench/TASK, gsm8k:test, or a text "
+    "or JSONL file."
 )
 
 
@@ -78,7 +76,7 @@ def require_length(seq_len: int, loaded: LoadedModel) -> None:
     longest = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise ConfigError(
-            f"--seq-len {seq_len} is longer than {loaded.name}'s maximum of {longest} tokens; give {longest} or less"
+            f"{seq_len} tokens are more than {loaded.name}'s maximum of {longest}; give {longest} or less"
         )
 
 

@@ -42,7 +42,7 @@ class ModelFingerprint:
         return self.num_kv_heads * self.head_dim
 
     def require_match(self, model: ModelFingerprint, name: str = "codec") -> None:
-        """Raise `CodecMismatchError`, naming the first differing field, unless ``model`` is the same model."""
+        """Raise `CodecMismatchError`, naming the first differing field, unless both agree."""
         for field in fields(self):
             ours, theirs = getattr(self, field.name), getattr(model, field.name)
             if ours == theirs:

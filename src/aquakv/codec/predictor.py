@@ -47,7 +47,7 @@ class AffinePredictor:
         widths = [block.shape[-1] for block in inputs]
         if sum(widths) != self.in_features:
             raise ShapeError(
-                f"predictor: expected inputs of {self.in_features} features in all, got {' + '.join(map(str, widths))}"
+                f"predictor: expected inputs of {self.in_features} features in all, got {widths}"
             )
         dtype = inputs[0].dtype
         prediction = self.bias.to(dtype).expand(inputs[0].shape[0], -1)

@@ -37,7 +37,7 @@ def git_sha() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         top = _git(here, "rev-parse", "--show-toplevel")
-        if not (Path(top) / "src" / "aquakv") in here.parents:
+        if (Path(top) / "src" / "aquakv") not in here.parents:
             return None  # installed inside somebody else's repository
         changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", "src")
         return _git(here, "rev-parse", "HEAD") + ("-dirty" if changed else "")

@@ -1,8 +1,8 @@
 """One forward pass that gives what feeding a sequence token by token through the real cache gives.
 
-When query ``t`` is computed token by token, the cache holds ``t`` tokens, of which `WindowConfig.coded_tokens`
-are compressed. So attention over the concatenation of all reconstructions and all exact tokens, masked so that
-every query sees the one or the other of each earlier token, is the same thing.
+When query ``t`` is computed token by token, the cache holds ``t`` tokens, of which
+`WindowConfig.coded_tokens` are compressed. So attention over the concatenation of all reconstructions and all
+exact tokens, masked so that every query sees one or the other of each earlier token, is the same thing.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def single_pass(
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "attention_mask": mask}
 
-    attentions = [adapter.layers[i].self_attn for i in adapter.compressed_layers]
+    attentions: list[Any] = [adapter.layers[i].self_attn for i in adapter.compressed_layers]
     handles = [module.register_forward_pre_hook(swap_mask, with_kwargs=True) for module in attentions]
     try:
         yield cache
@@ -127,7 +127,7 @@ def single_pass(
 
 
 def attention_mask(window: WindowConfig, seq_len: int, device: torch.device) -> Tensor:
-    """Return what every query may see, ``[1, 1, seq_len, coded + seq_len]`` bool: codes first, then tokens."""
+    """Return what each query may see, ``[1, 1, seq_len, coded + seq_len]`` bool: codes, then tokens."""
     query = torch.arange(seq_len, device=device)[:, None]
     coded = torch.tensor([window.coded_tokens(t) for t in range(seq_len)], device=device)[:, None]
     page = torch.arange(window.coded_tokens(seq_len - 1), device=device)[None]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from aquakv.codec import ModelFingerprint
 from aquakv.errors import UnsupportedModelError
@@ -49,7 +49,7 @@ class ModelAdapter:
 
     @property
     def name(self) -> str:
-        """transformers' ``model_type``."""
+        """Transformers' ``model_type``."""
         return str(self.config.model_type)
 
     @property
@@ -96,7 +96,7 @@ class ModelAdapter:
         cos, sin = self.rotary.forward(*arguments)  # not __call__: hooks are for the model's own passes
         return RotaryTables.from_model(cos, sin)
 
-    def exact_layers(self) -> list[CacheLayerMixin]:
+    def exact_layers(self) -> list[Any]:
         """Return fresh transformers cache layers, one for every decoder layer."""
         return list(DynamicCache(config=self.config).layers)
 
@@ -190,7 +190,7 @@ def _layer_hash(layer: nn.Module) -> str:
             break
     else:
         return "none"
-    return hashlib.sha256(flat.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+    return hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,6 +14,11 @@ from aquakv.models.adapter import ModelAdapter, adapt
 @runtime_checkable
 class ForwardObserver(Protocol):
     """A cache that wants to hear of the forward passes it is used in."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder stack whose passes concern it; it hears of no other model's."""
+        ...
 
     def forward_begins(self, attention_mask: Tensor | None) -> None:
         """Receive the 2-D padding mask ``[batch, tokens]``, if the caller gave one."""
@@ -31,7 +36,7 @@ class ForwardObserver(Protocol):
 class ModelHooks:
     """The hooks on one model, shared by all observers and removed with the last of them."""
 
-    _by_model: weakref.WeakKeyDictionary[PreTrainedModel, ModelHooks] = weakref.WeakKeyDictionary()
+    _by_model: ClassVar[weakref.WeakKeyDictionary[PreTrainedModel, ModelHooks]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
         self._users = 0
@@ -68,7 +73,8 @@ class ModelHooks:
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         candidates = [kwargs.get("past_key_values"), *args]
-        self._current = next((c for c in candidates if isinstance(c, ForwardObserver)), None)
+        observers = (c for c in candidates if isinstance(c, ForwardObserver))
+        self._current = next((observer for observer in observers if observer.decoder is module), None)
         if self._current is not None:
             mask = kwargs.get("attention_mask")
             two_dimensional = isinstance(mask, Tensor) and mask.ndim == 2

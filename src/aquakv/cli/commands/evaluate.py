@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ from aquakv.files import require_writable
 app = typer.Typer(help="Evaluate a codec against the exact cache.", no_args_is_help=False)
 
 
-class ProtocolChoice(str, Enum):
+class ProtocolChoice(StrEnum):
     """Ways to compute the same figures."""
 
     streaming = "streaming"

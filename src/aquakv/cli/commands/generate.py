@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,7 +35,7 @@ def generate(
     if not prompt.strip():
         raise DataError("--prompt is empty; give some text to continue")
     loaded = options.load(model, dtype, device)
-    tokenizer = loaded.tokenizer
+    tokenizer: Any = loaded.tokenizer
     if chat:
         if getattr(tokenizer, "chat_template", None) is None:
             raise DataError(f"{loaded.name} has no chat template; leave out --chat")
@@ -46,7 +46,8 @@ def generate(
     cache = AquaCache(loaded.model, loaded_codec)
     set_seed(seed)
     with torch.no_grad():
-        loaded.model.generate(
+        model_: Any = loaded.model
+        model_.generate(
             **inputs,
             past_key_values=cache,
             max_new_tokens=max_new_tokens,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aquakv.codec import ModelCodec
@@ -31,17 +32,18 @@ def inspect(
         typer.echo(json.dumps(content, indent=2))
         return
     fingerprint, print_ = loaded.fingerprint, Console().print
-    print_(f"[bold]{codec}[/bold]: preset {loaded.config.preset}, {loaded.bits_per_value:.3f} bits per value")
-    print_(
-        f"model: {fingerprint.architecture}, {len(fingerprint.compressed_layers)} of {fingerprint.num_layers} layers "
-        f"compressed, {fingerprint.num_kv_heads} KV heads of {fingerprint.head_dim}"
-    )
+    bits = f"{loaded.bits_per_value:.3f} bits per value"
+    print_(f"[bold]{escape(str(codec))}[/bold]: preset {loaded.config.preset}, {bits}")
+    layers = f"{len(fingerprint.compressed_layers)} of {fingerprint.num_layers} layers compressed"
+    heads = f"{fingerprint.num_kv_heads} KV heads of {fingerprint.head_dim}"
+    print_(f"model: {fingerprint.architecture}, {layers}, {heads}")
     for name, value in to_dict(loaded.config).items():
         if isinstance(value, dict):
             print_(f"{name}: " + ", ".join(f"{k} {v}" for k, v in value.items()), highlight=False)
-    data = ", ".join(str(source.get("name")) for source in record.get("data", []) if isinstance(source, dict))
+    names = [source["name"] if isinstance(source, dict) else source for source in record.get("data", [])]
+    data = escape(", ".join(map(str, names)) or "unnamed data")
     print_(
-        f"calibrated on {record.get('tokens')} tokens ({data or 'unnamed data'}) in {record.get('seconds')} s, "
+        f"calibrated on {record.get('tokens')} tokens ({data}) in {record.get('seconds')} s, "
         f"{record.get('held_out_sequences')} of {record.get('sequences')} sequences held out",
         highlight=False,
     )

