@@ -15,6 +15,9 @@ from aquakv.errors import InputError
 # Recent typer carries its own copy of click: take the base of its usage errors from what it exports.
 _ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
+# What typer makes of a KeyboardInterrupt inside a command.
+_INTERRUPTED = 130
+
 app = typer.Typer(name="aquakv", add_completion=False, pretty_exceptions_enable=False)
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _ClickError as error:
         _fail(f"{error.format_message()} (see --help)", 2)  # type: ignore[attr-defined]
     else:
+        if code == _INTERRUPTED:
+            _fail("interrupted", 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from aquakv.errors import ConfigError
+from aquakv.evaluation.quality import Quality
 from aquakv.models.demo import demo_model_path
 from aquakv.models.loading import DEMO, LoadedModel, load_model
 
@@ -92,7 +93,8 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[_Counter], None]]:
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=messages) as progress:
+    # Off a terminal a bar could only be printed once, at the end, beside the one line of an error.
+    with Progress(*columns, console=messages, disable=not messages.is_terminal) as progress:
         task = progress.add_task(label, total=None)
 
         def report(state: _Counter) -> None:
@@ -103,9 +105,9 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[_Counter], None]]:
         yield report
 
 
-def percent(fraction: float, digits: int = 2) -> str:
-    """Format a fraction as a signed percentage."""
-    return f"{100 * fraction:+.{digits}f} %"
+def increase(quality: Quality) -> str:
+    """Format the relative increase of perplexity with its standard error."""
+    return f"{100 * quality.relative_increase:+.2f} ± {100 * quality.relative_increase_stderr:.2f} %"
 
 
 def mebibytes(count: int) -> str:

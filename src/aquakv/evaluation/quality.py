@@ -35,6 +35,8 @@ class Quality:
         Predicted tokens.
     exact_nll, nll
         Summed negative log-likelihood in nats, exact and compressed.
+    squared_difference
+        Summed squares of their difference token by token.
     kl
         Summed Kullback-Leibler divergence from the exact to the compressed distribution, in nats.
     agreements
@@ -48,6 +50,7 @@ class Quality:
     tokens: int = 0
     exact_nll: float = 0.0
     nll: float = 0.0
+    squared_difference: float = 0.0
     kl: float = 0.0
     agreements: int = 0
     coded_bytes: int = 0
@@ -69,6 +72,13 @@ class Quality:
     def relative_increase(self) -> float:
         """Relative increase of perplexity; 0.01 is one per cent."""
         return math.expm1((self.nll - self.exact_nll) / self.tokens)
+
+    @property
+    def relative_increase_stderr(self) -> float:
+        """Standard error of `relative_increase`, taking tokens as independent."""
+        mean = (self.nll - self.exact_nll) / self.tokens
+        variance = max(0.0, self.squared_difference / self.tokens - mean**2)
+        return math.exp(mean) * math.sqrt(variance / self.tokens)
 
     @property
     def mean_kl(self) -> float:
@@ -97,8 +107,10 @@ class Quality:
             p = exact[:, part].float().log_softmax(-1)
             q = logits[:, part].float().log_softmax(-1)
             following = targets[:, part, None]
-            self.exact_nll -= float(p.gather(-1, following).sum(dtype=torch.float64))
-            self.nll -= float(q.gather(-1, following).sum(dtype=torch.float64))
+            exact_nll, nll = (-logs.gather(-1, following).double() for logs in (p, q))
+            self.exact_nll += float(exact_nll.sum())
+            self.nll += float(nll.sum())
+            self.squared_difference += float((nll - exact_nll).square().sum())
             self.agreements += int((p.argmax(-1) == q.argmax(-1)).sum())
             self.kl += float(torch.sub(p, q).mul_(p.exp_()).sum(dtype=torch.float64))
             self.tokens += following.numel()

@@ -54,6 +54,7 @@ def quality_fields(quality: Quality) -> dict[str, Any]:
         "perplexity": quality.perplexity,
         "baseline_perplexity": quality.baseline_perplexity,
         "relative_increase": quality.relative_increase,
+        "relative_increase_stderr": quality.relative_increase_stderr,
         "mean_kl": quality.mean_kl,
         "top1_agreement": quality.top1_agreement,
     }

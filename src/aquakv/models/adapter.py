@@ -18,6 +18,10 @@ from aquakv.codec import ModelFingerprint
 from aquakv.errors import UnsupportedModelError
 from aquakv.models.rotary import RotaryTables, rotate
 
+#: Rotary types whose tables for a position depend on how long the sequence has become: what was rotated with
+#: one table cannot be undone with another.
+_CHANGING_ROPE_TYPES = frozenset({"dynamic", "longrope"})
+
 
 @dataclass(frozen=True)
 class ModelAdapter:
@@ -150,6 +154,9 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
     rotary = getattr(decoder, "rotary_emb", None)
     if not isinstance(rotary, nn.Module):
         raise refuse("expected rotary position embedding in a module named rotary_emb")
+    for rope_type in sorted(_rope_types(getattr(config, "rope_parameters", None))):
+        if rope_type in _CHANGING_ROPE_TYPES:
+            raise refuse(f"the frequencies of its rotary embedding ({rope_type}) change as a sequence grows")
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -176,6 +183,14 @@ def _check_rotation(adapter: ModelAdapter, refuse: Any) -> None:
     theirs = apply(probe, probe, cos, sin)[1][0].transpose(0, 1)
     if not torch.allclose(theirs, rotate(probe[0].transpose(0, 1), tables), atol=1e-5):
         raise refuse("its rotary embedding pairs coordinates in another order than half a rotation apart")
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Return the rotary types in a configuration's parameters, which may be nested by layer type."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = {name for value in parameters.values() for name in _rope_types(value)}
+    return nested | ({str(parameters["rope_type"])} if "rope_type" in parameters else set())
 
 
 def _layer_hash(layer: nn.Module) -> str:

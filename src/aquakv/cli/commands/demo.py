@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -95,11 +96,10 @@ def demo(
 
 
 def _table(qualities: dict[str, Quality], dtype: torch.dtype, sequences: int, seq_len: int) -> Table:
-    table = Table(
-        "cache", "bits per value", "perplexity", "increase", "KL (nats)", "same top token", "cache size"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("cache", no_wrap=True)
+    for name in ("bits", "perplexity", "increase", "KL", "top-1", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
     first = next(iter(qualities.values()))
     exact_bytes = first.held_values * dtype.itemsize // sequences
     bits = f"{8 * dtype.itemsize:.2f}"
@@ -113,12 +113,16 @@ def _table(qualities: dict[str, Quality], dtype: torch.dtype, sequences: int, se
             name,
             f"{quality.bits_per_value:.2f}",
             f"{quality.perplexity:.3f}",
-            options.percent(quality.relative_increase),
+            options.increase(quality),
             f"{quality.mean_kl:.4f}",
             f"{100 * quality.top1_agreement:.1f} %",
             options.mebibytes(quality.held_bytes // sequences),
         )
-    table.caption = f"cache size: all bytes held for {seq_len} tokens, exact sinks and recent tokens included"
+    table.caption = (
+        "bits: measured, per value of the compressed region; increase: of perplexity; KL: nats per token; "
+        f"size: all bytes held for {seq_len} tokens, exact ones included"
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -72,6 +72,11 @@ def perplexity(
         )
     elapsed = time.perf_counter() - started
     quality = next(iter(results.values()))
+    if loaded_codec is not None and quality.bits_per_value is None:
+        raise ConfigError(
+            f"--seq-len {seq_len} is too short: nothing was compressed (the codec keeps sinks and the newest "
+            "tokens exact); give longer sequences"
+        )
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": "eval perplexity",
@@ -95,14 +100,9 @@ def perplexity(
             f"perplexity {quality.perplexity:.4f} with the exact cache, {quality.tokens} tokens of {data}"
         )
         return
-    if quality.bits_per_value is None:
-        raise ConfigError(
-            f"--seq-len {seq_len} is too short: nothing was compressed (the codec keeps sinks and the newest "
-            "tokens exact); give longer sequences"
-        )
     typer.echo(
         f"perplexity {quality.perplexity:.4f}, exact cache {quality.baseline_perplexity:.4f} "
-        f"({options.percent(quality.relative_increase, 3)}); KL {quality.mean_kl:.2e} nats; "
+        f"({options.increase(quality)}); KL {quality.mean_kl:.2e} nats; "
         f"top-1 agreement {100 * quality.top1_agreement:.2f} %; {quality.bits_per_value:.3f} bits per value; "
         f"{quality.tokens} tokens of {data}"
     )
