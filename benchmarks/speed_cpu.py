@@ -1,4 +1,4 @@
-"""Times that are stated for two CPU cores: calibration, and one decode step against the exact cache.
+"""Figures for two CPU cores: calibration time, one decode step against the exact cache, resident memory.
 
 python benchmarks/speed_cpu.py --data-dir DIR --out benchmarks/results/speed-cpu.json
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fidelity import compare_bytes
 from transformers import Cache, DynamicCache
 
 from aquakv import AquaCache, ModelCodec, calibrate, preset
@@ -49,6 +50,7 @@ def main() -> None:
             "ratio_to_prefill": seconds / (rows[0]["seconds"] * len(tokens)),
         }
     )
+    rows.append(compare_bytes(loaded, codec, tokens[:4]))
     rows.extend(decode_rows(loaded, {"paper 2 bit": codec}, tokens, options.context, options.repeats))
     for row in rows:
         print(row)

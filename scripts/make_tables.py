@@ -53,8 +53,8 @@ def quality() -> str:
 
 def speed() -> str:
     content, all_rows = rows("speed-cpu")
-    calibration = next(row for row in all_rows if row["phase"] == "calibration")
-    decode = {row["contestant"]: row for row in all_rows if row["phase"].startswith("decode")}
+    calibration = next(row for row in all_rows if row.get("phase") == "calibration")
+    decode = {row["contestant"]: row for row in all_rows if str(row.get("phase")).startswith("decode")}
     exact, ours = decode["exact"], decode["paper 2 bit"]
     _, fidelity = rows("fidelity-demo")
     size = next(row for row in fidelity if row["contestant"].startswith("bytes"))

@@ -27,6 +27,9 @@ QuantizerKind = Literal["grid"]
 #: Bits per coefficient for which a two-dimensional grid exists; other whole numbers use Lloyd-Max tables.
 GRID_2D_BITS = (2, 3, 4)
 
+#: Largest group of a transform: its square matrix (64 MiB at this size) is built whenever a codec is loaded.
+MAX_GROUP_SIZE = 4096
+
 
 @dataclass(frozen=True)
 class PredictorConfig:
@@ -76,9 +79,10 @@ class TransformConfig:
     max_group_size: int = 1024
 
     def __post_init__(self) -> None:
-        if self.max_group_size < 1:
+        if not 1 <= self.max_group_size <= MAX_GROUP_SIZE:
             raise ConfigError(
-                f"transform.max_group_size: expected a whole number >= 1, got {self.max_group_size}"
+                f"transform.max_group_size: expected a whole number from 1 to {MAX_GROUP_SIZE}, "
+                f"got {self.max_group_size}"
             )
 
 
@@ -279,7 +283,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(
+                f"{where}: expected a finite number, got one of {value.bit_length()} bits"
+            ) from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where}: expected {hint.__name__}, got {type(value).__name__} ({value!r})")
     if hint is float and not math.isfinite(value):

@@ -23,6 +23,8 @@ from aquakv.models.adapter import ModelAdapter
 from aquakv.models.hooks import ModelHooks
 from aquakv.models.rotary import RotaryTables, rotate, unrotate
 
+_HALFWAY = "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
+
 
 @dataclass
 class _Step:
@@ -171,11 +173,9 @@ class AquaCache(Cache):
         self._in_forward, self._mask, self._positions = False, None, None
 
     def _require_intact(self) -> None:
-        # Sliding layers before the first compressed one, or behind the last, fail outside of any step.
+        # Sliding layers before the first compressed one, or behind the last, are updated outside of any step.
         if self._step is not None or len({layer.get_seq_length() for layer in self.layers}) > 1:
-            raise CacheStateError(
-                "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
-            )
+            raise CacheStateError(_HALFWAY)
 
     # --- the work ---------------------------------------------------------------------------------------
 
@@ -228,7 +228,8 @@ class AquaCache(Cache):
         return keys, values
 
     def _begin_step(self, key_states: Tensor) -> None:
-        self._require_intact()
+        if self._step is not None:
+            raise CacheStateError(_HALFWAY)
         if not self._in_forward or self._positions is None:
             raise CacheStateError(
                 "AquaCache.update was called outside a forward pass of the model that it was built for; "
@@ -367,11 +368,11 @@ class AquaCache(Cache):
         if removed == 0:
             return
         for layer in self.layers:
-            dropped = layer.is_sliding and columns >= layer.sliding_window  # type: ignore[attr-defined]
+            dropped = layer.is_sliding and columns >= layer.sliding_window
             if dropped and not getattr(layer, "record_past", False):
                 raise CacheStateError(
-                    f"cannot remove {removed} tokens: layers with a sliding window have dropped what was before "
-                    "them; call activate_past_recording() before feeding tokens that may have to go"
+                    f"cannot remove {removed} tokens: layers with a sliding window have dropped what was "
+                    "before them; call activate_past_recording() before feeding tokens that may have to go"
                 )
         self.layout.crop(removed)
         for layer in self.layers:
@@ -392,7 +393,9 @@ class AquaCache(Cache):
         if not self.layout.rows:
             return
         everything = torch.arange(self.layout.rows)
-        rows = everything[torch.as_tensor(indices).cpu()].tolist()  # negative numbers and masks as for tensors
+        rows = everything[
+            torch.as_tensor(indices).cpu()
+        ].tolist()  # negative numbers and masks as for tensors
         if rows == everything.tolist():
             return
         pages = torch.tensor(self.layout.select(rows), dtype=torch.long)

@@ -80,23 +80,24 @@ class TokenLayout:
         CacheStateError
             The batch size changed, or positions or mask have another shape than the keys.
         """
-        if not self.starts:
-            self.starts, self.coded = [0] * rows, [0] * rows
-        if rows != self.rows:
+        starts = self.starts or [0] * rows
+        if rows != len(starts):
             raise CacheStateError(f"the cache holds {self.rows} sequences, but got keys of {rows}")
         if positions.ndim != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != new_columns:
             raise CacheStateError(
                 f"expected position ids of shape [{rows} or 1, {new_columns}], got {list(positions.shape)}"
             )
         after = self.columns + new_columns
-        if any(start == self.columns for start in self.starts):  # rows that are empty or all padding so far
-            self._find_starts(mask, after, rows)
+        if any(start == self.columns for start in starts):  # rows that are empty or all padding so far
+            starts = self._find_starts(starts, mask, after)
+        self.starts, self.coded = starts, self.coded or [0] * rows
         positions = positions.detach().to(torch.int32).expand(rows, -1)
         old = [] if self.positions is None else [self.positions]
         self.positions = torch.cat([*old, positions.to(old[0].device if old else positions.device)], 1)
         self.columns = after
 
-    def _find_starts(self, mask: Tensor | None, after: int, rows: int) -> None:
+    def _find_starts(self, starts: list[int], mask: Tensor | None, after: int) -> list[int]:
+        rows = len(starts)
         leading = [0] * rows
         if mask is not None:
             if mask.shape[0] not in (1, rows) or mask.shape[1] < after:
@@ -105,9 +106,10 @@ class TokenLayout:
                 )
             real = mask[:, :after].ne(0).expand(rows, -1)
             leading = torch.where(real.any(1), real.int().argmax(1), after).tolist()
-        for row, start in enumerate(self.starts):
-            if start == self.columns:
-                self.starts[row] = max(start, leading[row])
+        return [
+            max(start, first) if start == self.columns else start
+            for start, first in zip(starts, leading, strict=True)
+        ]
 
     def blocks_due(self) -> list[tuple[int, int]]:
         """Return ``(row, first_column)`` of the blocks to compress now, row by row, oldest first."""

@@ -116,7 +116,8 @@ def calibrate_many(
     if activation_device not in ("cpu", "model"):
         raise ConfigError(f"activation_device: expected cpu or model, got {activation_device!r}")
     for name, config in configs.items():
-        _check_enough(name, config, adapter.features, (sequences - held_out) * seq_len)
+        fitted = (sequences - held_out) * max(0, seq_len - config.window.sink_tokens)
+        _check_enough(name, config, adapter.features, fitted)
     started = time.perf_counter()
     waiting = torch.device("cpu") if activation_device == "cpu" else model.device
     num_layers, batches = adapter.compressed_layers[-1] + 1, -(-sequences // batch_size)
@@ -185,9 +186,9 @@ def _check_tokens(tokens: Tensor, max_length: int | None) -> tuple[int, int]:
 
 
 def _check_enough(name: str, config: CodecConfig, features: int, tokens: int) -> None:
-    needed = features * (len(config.predictor.value_inputs) if config.predictor.kind == "dense" else 0)
+    needed = features * len(config.predictor.value_inputs) if config.predictor.kind == "dense" else 1
     if tokens < needed:
         raise DataError(
             f"{name or config.preset}: expected at least {needed} calibration tokens beside held-out ones "
-            f"(a predictor's number of inputs), got {tokens}; use more or longer sequences"
+            f"and sinks (a predictor's number of inputs), got {tokens}; use more or longer sequences"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def read_codec_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         The file is missing, is no safetensors file or codec, is of a newer format, or its content does not
         have the checksum that it was written with.
     """
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # unlike Path.is_file, False for impossible names too
+        what = "is a directory" if os.path.isdir(path) else "does not exist"
         raise CodecFileError(f"codec file {path} {what}; make one with 'aquakv calibrate MODEL --out {path}'")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -91,7 +92,7 @@ def _parse_header(path: Path, text: str) -> dict[str, Any]:
             "update aquakv or calibrate again"
         )
     if set(header) != _HEADER_KEYS:
-        difference = ", ".join(sorted(set(header) ^ _HEADER_KEYS))
+        difference = ", ".join(sorted(map(ascii, set(header) ^ _HEADER_KEYS)))
         raise CodecFileError(f"{path}: missing or unknown entries in the aquakv header: {difference}")
     return header
 

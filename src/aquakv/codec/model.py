@@ -159,5 +159,5 @@ def _layers_from_tensors(
             codecs[kind] = build_tensor_codec(config, features, index, mean, predictor)
         layers.append(LayerCodec(codecs["keys"], codecs["values"], config.predictor.value_inputs))
     if tensors:
-        raise ConfigError(f"unexpected tensor {sorted(tensors)[0]}")
+        raise ConfigError(f"unexpected tensor {sorted(tensors)[0]!a}")
     return tuple(layers)

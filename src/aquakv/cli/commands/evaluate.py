@@ -56,6 +56,11 @@ def perplexity(
     if json_out is not None:
         require_writable(json_out, "result")
     loaded_codec = None if codec is None else ModelCodec.load(codec)
+    if loaded_codec is not None and not loaded_codec.config.window.coded_tokens(seq_len - 1):
+        raise ConfigError(
+            f"--seq-len {seq_len} is too short: nothing would be compressed (the codec keeps sinks and the "
+            "newest tokens exact); give longer sequences"
+        )
     loaded = options.load(model, dtype, device)
     options.require_length(seq_len, loaded)
     tokens = token_sequences([data], loaded.tokenizer, samples, seq_len, data_dir)
@@ -72,11 +77,6 @@ def perplexity(
         )
     elapsed = time.perf_counter() - started
     quality = next(iter(results.values()))
-    if loaded_codec is not None and quality.bits_per_value is None:
-        raise ConfigError(
-            f"--seq-len {seq_len} is too short: nothing was compressed (the codec keeps sinks and the newest "
-            "tokens exact); give longer sequences"
-        )
     result = {
         "schema_version": SCHEMA_VERSION,
         "command": "eval perplexity",

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+import tiny_models
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tiny products only lose by threads, and the machine has other users."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model():
+    """A tiny Llama in float32 (2 KV heads of 16)."""
+    return tiny_models.shared("llama")
+
+
+@pytest.fixture
+def model64():
+    """The same in float64: what differs by rounding alone differs by 1e-15, what differs otherwise shows."""
+    return tiny_models.shared("llama", torch.float64)
+
+
+@pytest.fixture
+def codec():
+    """The published method at 2 bits, calibrated for the tiny Llama."""
+    return tiny_models.codec_for("llama")
+
+
+@pytest.fixture
+def codec8():
+    """The same at 8 bits, which is close to exact."""
+    return tiny_models.codec_for("llama", bits=8)

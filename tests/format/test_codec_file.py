@@ -1,0 +1,615 @@
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import tiny_models
+from aquakv import ModelCodec, preset
+from aquakv.codec import AffinePredictor, LayerCodec, ModelFingerprint
+from aquakv.codec import file as codec_file
+from aquakv.codec.model import build_tensor_codec
+from aquakv.errors import CodecFileError, CodecMismatchError, OutputError
+from aquakv.models.adapter import adapt
+from tiny_models import build, codec_for, same_bits
+
+
+def _golden_codec():
+    """Two layers of one KV head of 4, made by hand: every stored number is a small dyadic fraction."""
+    config = dataclasses.replace(preset("paper", 3), window=tiny_models.WINDOW)
+    fingerprint = ModelFingerprint("llama", 3, (0, 2), 1, 4, {"rope_theta": 10000.0}, ("00ff", "a1b2"))
+    layers = []
+    for index in range(2):
+        codecs = {}
+        for number, kind in enumerate(("keys", "values")):
+            mean = torch.arange(4) / 4 + index + number
+            predictor = None
+            if index:
+                width = 4 * (1 + number)
+                weight = (torch.arange(width * 4).view(width, 4) / 8 - 1).to(torch.bfloat16)
+                predictor = AffinePredictor(weight, torch.arange(4) / 2)
+            codecs[kind] = build_tensor_codec(config, 4, index, mean, predictor)
+        layers.append(LayerCodec(codecs["keys"], codecs["values"], config.predictor.value_inputs))
+    record = {"data": [{"name": "made up"}], "seed": None, "tokens": 12, "layers": []}
+    return ModelCodec(config, fingerprint, tuple(layers), record)
+
+
+GOLDEN_JSON = (
+    '{"calibration": {"data": [{"name": "made up"}], "layers": [], "seed": null, "tokens": 12}, "config": '
+    '{"allocation": {"bits": 3.0, "first_layer_bits": 4.0, "kind": "equal"}, "predictor": {"kind": "dense", '
+    '"ridge": 0.001, "value_inputs": ["keys", "previous_values"]}, "preset": "paper", "quantizer": '
+    '{"grid_dim": 2, "kind": "grid"}, "transform": {"kind": "hadamard", "max_group_size": 1024}, "window": '
+    '{"block_tokens": 8, "recent_window": 0, "sink_tokens": 2}}, "fingerprint": {"architecture": "llama", '
+    '"compressed_layers": [0, 2], '
+    '"head_dim": 4, "layer_hashes": ["00ff", "a1b2"], "num_kv_heads": 1, "num_layers": 3, "rotary": '
+    '{"rope_theta": 10000.0}}, "format": "aquakv-codec", "format_version": 1}'
+)
+GOLDEN_CHECKSUM = "63f0acc1b43cfb5c5f4333226136ad7289addc1f53a7a8c1773c251ecc97d13f"
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
+    _golden_codec().save(path)
+    return path
+
+
+def _contents(codec):
+    """Return all tensors that make up a codec, those that follow from its configuration included."""
+    found = []
+    for layer in codec.layers:
+        for part in (layer.keys, layer.values):
+            found += [part.mean, part.quantizer.grid.points]
+            found += [] if part.transform.matrix is None else [part.transform.matrix]
+            found += [] if part.predictor is None else [part.predictor.weight, part.predictor.bias]
+    return found
+
+
+def _refused(path, match=None, kind=CodecFileError):
+    with pytest.raises(kind, match=match) as error:
+        ModelCodec.load(path)
+    assert type(error.value) is kind
+    text = str(error.value)
+    assert text.isprintable(), text  # one line, and nothing that would play tricks on a terminal
+    assert str(path) in text
+
+
+def _rewrite(path, out, edit_header=lambda header: None, edit_tensors=lambda tensors: None, raw=None):
+    """Write an altered codec file whose checksum is right."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["aquakv"])
+    tensors = load_file(path)
+    header = edit_header(header) or header
+    edit_tensors(tensors)
+    text = json.dumps(header, sort_keys=True) if raw is None else raw
+    digest = codec_file._digest(text, tensors)
+    save_file(tensors, out, metadata={"aquakv": text, "aquakv_sha256": digest})
+    return out
+
+
+# --- what the format is -----------------------------------------------------------------------------------
+
+
+def test_golden_bytes(golden):
+    """Read with nothing but the specification: files of today must be readable for ever."""
+    raw = golden.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    metadata = header.pop("__metadata__")
+    assert metadata["aquakv"] == GOLDEN_JSON
+    assert set(metadata) == {"aquakv", "aquakv_sha256"}
+    digest = hashlib.sha256(GOLDEN_JSON.encode())
+    names = {"F32": "torch.float32", "BF16": "torch.bfloat16"}
+    for name in sorted(header):
+        entry = header[name]
+        digest.update(f"\n{name} {names[entry['dtype']]} {entry['shape']}\n".encode())
+        digest.update(data[slice(*entry["data_offsets"])])
+    assert digest.hexdigest() == metadata["aquakv_sha256"] == GOLDEN_CHECKSUM
+    assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
+        "layers.0.keys.mean": ("F32", [4]),
+        "layers.0.values.mean": ("F32", [4]),
+        "layers.1.keys.mean": ("F32", [4]),
+        "layers.1.keys.predictor.bias": ("F32", [4]),
+        "layers.1.keys.predictor.weight": ("BF16", [4, 4]),
+        "layers.1.values.mean": ("F32", [4]),
+        "layers.1.values.predictor.bias": ("F32", [4]),
+        "layers.1.values.predictor.weight": ("BF16", [8, 4]),
+    }
+    first = data[slice(*header["layers.1.values.mean"]["data_offsets"])]
+    assert struct.unpack("<4f", first) == (2.0, 2.25, 2.5, 2.75)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-odd", "gemma3"])
+@pytest.mark.parametrize(("name", "bits"), [("paper", 2), ("higgs", 5)])
+def test_round_trip_is_bit_for_bit(tmp_path, kind, name, bits):
+    codec, path = codec_for(kind, name, bits), tmp_path / "c.safetensors"
+    codec.save(path)
+    loaded = ModelCodec.load(path)
+    assert loaded.config == codec.config
+    assert loaded.fingerprint == codec.fingerprint
+    assert loaded.calibration == codec.calibration
+    assert same_bits(_contents(loaded), _contents(codec))
+    assert loaded.bits_per_value == codec.bits_per_value
+    loaded.save(tmp_path / "again")
+    # The header's entries may come in any order (safetensors keeps metadata in a hash table).
+    assert same_bits(
+        [t for _, t in sorted(load_file(tmp_path / "again").items())],
+        [t for _, t in sorted(load_file(path).items())],
+    )
+    loaded.fingerprint.require_match(adapt(build(kind)).fingerprint())
+
+
+def test_saved_twice_from_a_str_path_over_an_older_file(tmp_path):
+    path = tmp_path / "c.safetensors"
+    path.write_text("older")
+    codec_for("llama").save(str(path))
+    assert ModelCodec.load(str(path)).config == codec_for("llama").config
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+# --- damage -----------------------------------------------------------------------------------------------
+
+
+def test_truncated_at_any_length(golden, tmp_path):
+    raw, path = golden.read_bytes(), tmp_path / "cut"
+    for size in [0, 1, 7, 8, 9, *range(10, len(raw), 37), len(raw) - 2, len(raw) - 1]:
+        path.write_bytes(raw[:size])
+        _refused(path)
+
+
+def test_lengthened(golden, tmp_path):
+    path = tmp_path / "long"
+    for more in (b"\0", b"\0" * 8, b"x" * 1000):
+        path.write_bytes(golden.read_bytes() + more)
+        _refused(path)
+
+
+def test_any_flipped_bit_is_noticed(golden, tmp_path):
+    raw, path = golden.read_bytes(), tmp_path / "flipped"
+    size = len(raw)
+    (header,) = struct.unpack("<Q", raw[:8])
+    bits = [(i, b) for i in range(8) for b in range(8)]  # the header's length: all
+    bits += [(i, (3 * i) % 8) for i in range(8, 8 + header, 5)]  # the header
+    bits += [(i, b) for i in range(8 + header, size) for b in (0, 7)]  # the tensors: low and high bits
+    assert len(bits) > 500
+    for position, bit in bits:
+        damaged = bytearray(raw)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        _refused(path)
+
+
+def test_every_bit_of_the_tensors_names_and_types(golden, tmp_path):
+    """Where a flip can give another valid safetensors file: names, dtypes, shapes and the metadata."""
+    raw, path = golden.read_bytes(), tmp_path / "flipped"
+    for word in (b"layers.0.keys.mean", b'"F32"', b'"BF16"', b"[8,4]", b"aquakv_sha256", b"__metadata__"):
+        start = raw.index(word)
+        for position in range(start, start + len(word)):
+            for bit in range(8):
+                damaged = bytearray(raw)
+                damaged[position] ^= 1 << bit
+                path.write_bytes(damaged)
+                _refused(path)
+
+
+def test_swapped_tensors_of_equal_shape(golden, tmp_path):
+    raw = golden.read_bytes()
+    swapped = raw.replace(b"layers.0.keys.mean", b"layers.0.xxxx.mean")
+    swapped = swapped.replace(b"layers.1.keys.mean", b"layers.0.keys.mean")
+    swapped = swapped.replace(b"layers.0.xxxx.mean", b"layers.1.keys.mean")
+    assert len(swapped) == len(raw)
+    path = tmp_path / "swapped"
+    path.write_bytes(swapped)
+    _refused(path, "checksum")
+
+
+def test_other_files(golden, tmp_path):
+    path = tmp_path / "other"
+    generator = torch.Generator().manual_seed(0)
+    for size in (10, 1000, 100_000):
+        path.write_bytes(bytes(torch.randint(0, 256, (size,), generator=generator).tolist()))
+        _refused(path)
+    path.write_bytes(b"\0" * 4096)
+    _refused(path)
+    path.write_text("to be or not to be " * 10)
+    _refused(path, "safetensors")
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("bomb",))
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "codec.pt"
+    path.write_bytes(pickle.dumps(_Bomb()))
+    _refused(path)
+    torch.save({"bomb": _Bomb(), "weights": torch.zeros(3)}, path)
+    _refused(path)
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 2**32, 10**8 + 1, 10**9])
+def test_a_huge_declared_header(golden, tmp_path, length):
+    path = tmp_path / "huge"
+    path.write_bytes(struct.pack("<Q", length) + golden.read_bytes()[8:])
+    started = time.perf_counter()
+    _refused(path)
+    assert time.perf_counter() - started < 1
+
+
+def test_tensors_that_lie_outside_the_file_or_on_each_other(golden, tmp_path):
+    raw, path = golden.read_bytes(), tmp_path / "bad"
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    for change in (
+        {"data_offsets": [0, 2**40], "shape": [2**38]},
+        {"shape": [2**62]},
+        {"shape": [2**33, 2**33]},
+        {"shape": [-4]},
+        {"data_offsets": [16, 0]},
+        {"dtype": "F128"},
+        {"dtype": "F8_E4M3", "shape": [16]},
+        {"dtype": "F4", "shape": [32]},
+        {"dtype": "C64", "shape": [2]},
+        {"dtype": "U16", "shape": [8]},
+        {"dtype": "BOOL", "shape": [16]},
+        {"shape": [0, 2**60]},
+    ):
+        broken = copy.deepcopy(header)
+        broken["layers.0.keys.mean"].update(change)
+        text = json.dumps(broken).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+        _refused(path)
+
+
+def test_missing_file_directory_and_impossible_names(tmp_path):
+    _refused(tmp_path / "none", "does not exist")
+    _refused(tmp_path, "directory")
+    _refused(tmp_path / "none" / "none", "does not exist")
+    with pytest.raises(CodecFileError):
+        ModelCodec.load("nul\0byte")
+    with pytest.raises(CodecFileError):
+        ModelCodec.load("x" * 5000)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable(golden, tmp_path):
+    path = tmp_path / "secret"
+    path.write_bytes(golden.read_bytes())
+    path.chmod(0)
+    _refused(path)
+
+
+# --- hostile files with a right checksum ------------------------------------------------------------------
+
+
+def test_safetensors_without_our_header(golden, tmp_path):
+    path = tmp_path / "plain"
+    save_file(load_file(golden), path)
+    _refused(path, "not an aquakv codec")
+    save_file(load_file(golden), path, metadata={"format": "pt"})
+    _refused(path, "not an aquakv codec")
+    save_file(load_file(golden), path, metadata={"aquakv": GOLDEN_JSON})
+    _refused(path, "not an aquakv codec")
+    save_file(load_file(golden), path, metadata={"aquakv": GOLDEN_JSON, "aquakv_sha256": ""})
+    _refused(path, "checksum")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "1",
+        '"aquakv-codec"',
+        "{" * 1000,
+        "[" * 200_000,
+        '{"a":' * 100_000,
+        '{"format": "aquakv-codec", "format_version": ' + "1" * 5000 + "}",
+        "\ud7ff",
+        '{"format": "other", "format_version": 1}',
+    ],
+    ids=lambda text: f"{text[:12]}-{len(text)}",
+)
+def test_metadata_that_is_no_header(golden, tmp_path, text):
+    _refused(_rewrite(golden, tmp_path / "bad", raw=text))
+
+
+@pytest.mark.parametrize("version", [0, 2, -1, "1", None, [], 10**30, 1.5])
+def test_other_format_version(golden, tmp_path, version):
+    path = _rewrite(golden, tmp_path / "bad", lambda h: h.update(format_version=version))
+    _refused(path, "version")
+
+
+def _at(header, dotted):
+    *path, last = dotted.split(".")
+    for key in path:
+        header = header[key]
+    return header, last
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "config",
+        "fingerprint",
+        "calibration",
+        "config.window",
+        "config.window.sink_tokens",
+        "config.predictor.kind",
+        "config.preset",
+        "fingerprint.rotary",
+        "fingerprint.layer_hashes",
+    ],
+)
+def test_missing_keys(golden, tmp_path, where):
+    def drop(header):
+        parent, key = _at(header, where)
+        del parent[key]
+
+    _refused(_rewrite(golden, tmp_path / "bad", drop), where.split(".")[-1])
+
+
+@pytest.mark.parametrize("parent", ["", "config", "config.allocation", "fingerprint"])
+@pytest.mark.parametrize("name", ["colour", "", "a\nb\x1b[2J", "\ud800", "x" * 300])
+def test_unknown_keys(golden, tmp_path, parent, name):
+    def add(header):
+        where, key = _at(header, f"{parent}.x" if parent else "x")
+        where[name] = 1
+        assert key == "x"
+
+    _refused(_rewrite(golden, tmp_path / "bad", add), "unknown")
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("config", []),
+        ("config", None),
+        ("fingerprint", "llama"),
+        ("calibration", []),
+        ("config.preset", 3),
+        ("config.predictor.kind", "magic\n"),
+        ("config.predictor.kind", ["dense"]),
+        ("config.predictor.value_inputs", []),
+        ("config.predictor.value_inputs", ["keys", "keys"]),
+        ("config.predictor.value_inputs", "keys"),
+        ("config.predictor.ridge", -1),
+        ("config.predictor.ridge", float("nan")),
+        ("config.predictor.ridge", float("inf")),
+        ("config.predictor.ridge", 10**400),
+        ("config.allocation.bits", 0),
+        ("config.allocation.bits", 2.5),
+        ("config.allocation.bits", 9),
+        ("config.allocation.bits", True),
+        ("config.allocation.bits", "2"),
+        ("config.allocation.first_layer_bits", 10**400),
+        ("config.quantizer.grid_dim", 3),
+        ("config.quantizer.grid_dim", 2.0),
+        ("config.transform.max_group_size", 0),
+        ("config.transform.max_group_size", 4097),
+        ("config.transform.max_group_size", -(10**9)),
+        ("config.window.block_tokens", 0),
+        ("config.window.sink_tokens", -1),
+        ("config.window.sink_tokens", 1e3),
+        ("fingerprint.num_kv_heads", 10**9),
+        ("fingerprint.num_kv_heads", 10**400),
+        ("fingerprint.num_kv_heads", 0),
+        ("fingerprint.num_kv_heads", -1),
+        ("fingerprint.num_kv_heads", True),
+        ("fingerprint.head_dim", 10**12),
+        ("fingerprint.head_dim", 2),
+        ("fingerprint.compressed_layers", []),
+        ("fingerprint.compressed_layers", list(range(1000))),
+        ("fingerprint.compressed_layers", ["0", "2"]),
+        ("fingerprint.layer_hashes", ["00ff"]),
+        ("fingerprint.layer_hashes", [1, 2]),
+        ("fingerprint.rotary", []),
+    ],
+)
+def test_impossible_values(golden, tmp_path, where, value):
+    def put(header):
+        parent, key = _at(header, where)
+        parent[key] = value
+
+    path = _rewrite(golden, tmp_path / "bad", put)
+    started = time.perf_counter()
+    _refused(path)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("layers.0.keys.mean", torch.zeros(3)),
+        ("layers.0.keys.mean", torch.zeros(1, 4)),
+        ("layers.0.keys.mean", torch.zeros(4, dtype=torch.float64)),
+        ("layers.0.keys.mean", torch.zeros(4, dtype=torch.int32)),
+        ("layers.0.keys.mean", torch.zeros(())),
+        ("layers.0.keys.mean", torch.zeros(0)),
+        ("layers.0.keys.mean", torch.tensor([0, 0, 0, torch.nan])),
+        ("layers.1.values.predictor.bias", torch.tensor([0, 0, 0, torch.inf])),
+        ("layers.1.values.predictor.weight", torch.zeros(4, 4, dtype=torch.bfloat16)),
+        ("layers.1.values.predictor.weight", torch.zeros(4, 8, dtype=torch.bfloat16)),
+        ("layers.1.values.predictor.weight", torch.zeros(8, 4, dtype=torch.float16)),
+        ("layers.1.values.predictor.weight", torch.full((8, 4), -torch.inf, dtype=torch.bfloat16)),
+        ("layers.0.keys.predictor.weight", torch.zeros(4, 4, dtype=torch.bfloat16)),
+        ("layers.2.keys.mean", torch.zeros(4)),
+        ("extra\nline", torch.zeros(1)),
+    ],
+)
+def test_wrong_or_extra_tensors(golden, tmp_path, name, tensor):
+    path = _rewrite(golden, tmp_path / "bad", edit_tensors=lambda tensors: tensors.update({name: tensor}))
+    _refused(path, "tensor")
+
+
+def test_missing_tensors(golden, tmp_path):
+    for name in load_file(golden):
+        path = _rewrite(golden, tmp_path / "bad", edit_tensors=lambda tensors, name=name: tensors.pop(name))
+        _refused(path, f"{name} is missing")
+    _refused(_rewrite(golden, tmp_path / "bad", edit_tensors=lambda tensors: tensors.clear()), "missing")
+
+
+def test_a_small_file_cannot_make_huge_matrices(golden, tmp_path):
+    """A few MB of means and a group as large must not become a matrix of that size squared."""
+    features = 1_000_000
+
+    def header(h):
+        h["config"]["predictor"]["kind"] = "mean"
+        h["config"]["transform"]["max_group_size"] = features
+        h["fingerprint"].update(compressed_layers=[0], layer_hashes=["00"], num_kv_heads=1, head_dim=features)
+
+    def tensors(t):
+        t.clear()
+        t.update({f"layers.0.{kind}.mean": torch.zeros(features) for kind in ("keys", "values")})
+
+    path = _rewrite(golden, tmp_path / "bad", header, tensors)
+    started = time.perf_counter()
+    _refused(path)
+    assert time.perf_counter() - started < 5
+
+
+# --- saving -----------------------------------------------------------------------------------------------
+
+
+def _refuses_to_save(codec, path, match):
+    with pytest.raises(OutputError, match=match) as error:
+        codec.save(path)
+    assert str(error.value).isprintable()
+
+
+def test_saving_where_nothing_can_be_written(tmp_path):
+    codec = _golden_codec()
+    _refuses_to_save(codec, tmp_path / "none" / "c", "No such file")
+    (tmp_path / "c").mkdir()
+    _refuses_to_save(codec, tmp_path / "c", "directory")
+    (tmp_path / "file").write_text("")
+    _refuses_to_save(codec, tmp_path / "file" / "c", "directory")
+    _refuses_to_save(codec, tmp_path / ("x" * 300), "name too long")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_saving_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    _refuses_to_save(_golden_codec(), tmp_path / "c", "Permission")
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()]
+)
+def test_a_failing_save_leaves_the_older_file(golden, tmp_path, monkeypatch, failure):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(golden.read_bytes())
+
+    def fail(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(codec_file, "save_file", fail)
+    expected = OutputError if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(expected):
+        _golden_codec().save(path)
+    assert path.read_bytes() == golden.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+_SAVE_ON_A_FULL_DISK = """
+import resource, signal, sys
+from aquakv import ModelCodec
+from aquakv.errors import OutputError
+codec = ModelCodec.load(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    codec.save(sys.argv[2])
+except OutputError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+def test_full_disk(golden, tmp_path, limit):
+    path = tmp_path / "c.safetensors"
+    path.write_text("older")
+    assert golden.stat().st_size > limit
+    done = subprocess.run(
+        [sys.executable, "-c", _SAVE_ON_A_FULL_DISK, str(golden), str(path), str(limit)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("refused: cannot write codec")
+    assert done.stdout.count("\n") == 1
+    assert path.read_text() == "older"
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_a_record_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+    codec = dataclasses.replace(_golden_codec(), calibration={"loss": float("nan")})
+    with pytest.raises(ValueError):
+        codec.save(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the fingerprint --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "qwen2"}, "architecture is 'llama' in the codec but 'qwen2'"),
+        ({"num_layers": 4, "num_kv_heads": 7}, "num_layers is 3 in the codec but 4"),
+        ({"compressed_layers": (0, 1)}, r"compressed_layers\[1\] is 2 in the codec but 1"),
+        ({"compressed_layers": (0,)}, r"compressed_layers is \(0, 2\) in the codec but \(0,\)"),
+        ({"num_kv_heads": 2}, "num_kv_heads is 1 in the codec but 2"),
+        ({"head_dim": 8}, "head_dim is 4 in the codec but 8"),
+        ({"rotary": {"rope_theta": 5e5}}, r"rotary\.rope_theta is 10000\.0 in the codec but 500000\.0"),
+        (
+            {"rotary": {"rope_theta": 10000.0, "factor": 2.0}},
+            r"rotary\.factor is None in the codec but 2\.0",
+        ),
+        ({"layer_hashes": ("00ff", "ffff")}, r"layer_hashes\[1\] is 'a1b2' in the codec but 'ffff'"),
+    ],
+)
+def test_a_mismatch_names_the_first_differing_field(changes, message):
+    ours = _golden_codec().fingerprint
+    with pytest.raises(CodecMismatchError, match=message) as error:
+        ours.require_match(dataclasses.replace(ours, **changes), "x.safetensors")
+    assert str(error.value).isprintable()
+    assert "x.safetensors" in str(error.value)
+    ours.require_match(ours)
+
+
+def test_a_models_fingerprint_tells_weights_and_rotation_apart():
+    base = adapt(build("llama")).fingerprint()
+    assert adapt(build("llama")).fingerprint() == base
+    assert adapt(build("llama", dtype=torch.float64)).fingerprint() == base
+    assert adapt(build("llama", dtype=torch.bfloat16)).fingerprint() == base
+    other_weights = adapt(build("llama", seed=1)).fingerprint()
+    assert other_weights.layer_hashes != base.layer_hashes
+    assert adapt(build("llama-yarn")).fingerprint().rotary != base.rotary
+    one = build("llama")
+    one.model.layers[2].input_layernorm.weight.mul_(1.5)
+    with pytest.raises(CodecMismatchError, match=r"layer_hashes\[2\]"):
+        base.require_match(adapt(one).fingerprint())

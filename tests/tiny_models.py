@@ -1,0 +1,182 @@
+"""Tiny random models and codecs that several test modules share."""
+
+import dataclasses
+import functools
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from aquakv import WindowConfig, calibrate, preset
+
+VOCAB = 40
+
+#: Small enough that forty tokens are compressed several times over.
+WINDOW = WindowConfig(sink_tokens=2, recent_window=0, block_tokens=8)
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    # Wide enough that the likeliest token usually stands clear of the second (so that 8-bit codes do not turn
+    # it), narrow enough that attention is not a hard choice of one token.
+    "initializer_range": 0.1,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+_TWO_HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+#: Neither heads nor head_dim is a power of two; d = 30.
+_ODD = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+
+
+def _rope(**parameters):
+    return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+
+
+_KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, _TWO_HEADS),
+    "llama-odd": (LlamaForCausalLM, LlamaConfig, _ODD),
+    "llama-llama3": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            **_TWO_HEADS,
+            **_rope(
+                rope_type="llama3",
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        },
+    ),
+    # Scales its cosines and sines by 1.14: undoing the rotation must divide by the square.
+    "llama-yarn": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**_TWO_HEADS, **_rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)},
+    ),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {k: v for k, v in _TWO_HEADS.items() if k != "head_dim"}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, _TWO_HEADS),
+    "mistral": (MistralForCausalLM, MistralConfig, {**_ODD, "sliding_window": None}),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            **_ODD,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 10,
+        },
+    ),
+}
+
+SUPPORTED = tuple(_KINDS)
+
+
+def build(kind="llama", seed=0, dtype=torch.float32, **changes):
+    """Build a fresh tiny model; biases and norms are random too, so that no step can be left out unseen."""
+    model_class, config_class, settings = _KINDS[kind]
+    config = config_class(**{**_COMMON, **settings, **changes})
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.generation_config.pad_token_id = 0
+    return model.to(dtype).requires_grad_(False)
+
+
+@functools.cache
+def shared(kind="llama", dtype=torch.float32):
+    """Return a model for tests that leave it as it is."""
+    return build(kind, dtype=dtype)
+
+
+def random_tokens(*shape, seed=0):
+    """Return random token ids that are never the padding token."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def codec_for(kind="llama", name="paper", bits=None, window=WINDOW, seed=0):
+    """Return a codec calibrated on random tokens for `build(kind, seed)`, whatever that model's dtype."""
+    config = dataclasses.replace(preset(name, bits), window=window)
+    model = shared(kind) if seed == 0 else build(kind, seed=seed)
+    return calibrate(model, random_tokens(8, 48, seed=1), config)
+
+
+def feed(model, cache, tokens, sizes, mask=None):
+    """Feed tokens in chunks of the given sizes; return all logits. Positions count real tokens only."""
+    logits, start = [], 0
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    for size in sizes:
+        end = start + size
+        extra = {}
+        if mask is not None:
+            extra = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+        with torch.no_grad():
+            logits.append(model(tokens[:, start:end], past_key_values=cache, use_cache=True, **extra).logits)
+        start = end
+    assert start == tokens.shape[1]
+    return torch.cat(logits, 1)
+
+
+def row_codes(cache, row):
+    """Return every code tensor of one sequence, layer by layer, oldest token first."""
+    step = cache.window.block_tokens
+    pages = [i for i, (r, _) in enumerate(cache.layout.pages) if r == row]
+    assert [cache.layout.pages[i][1] for i in pages] == sorted(cache.layout.pages[i][1] for i in pages)
+    found = []
+    for layer in cache.layers:
+        if hasattr(layer, "pages") and pages:
+            for part in layer.pages.all():
+                found += [torch.cat([t[i * step : (i + 1) * step] for i in pages]) for t in part]
+    return found
+
+
+def same_bits(a, b):
+    """Tell whether two lists of tensors are equal bit for bit, NaN included."""
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype
+        and x.shape == y.shape
+        and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@functools.cache
+def decisive_prompts(kind, count, length=24, new_tokens=32):
+    """Return prompts whose exact greedy continuation is nowhere a close call, the most varied ones.
+
+    An 8-bit codec moves a tiny model's logits by some 0.01; where the exact cache itself sets the likeliest
+    token at least 0.04 apart from the second, the compressed one has to take the same.
+    """
+    model = shared(kind, torch.float64)
+    out = model.generate(
+        random_tokens(96, length),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack(out.scores, 1).topk(2).values
+    decisive = (best[..., 0] - best[..., 1]).amin(1) > 0.04
+    variety = torch.tensor([len(set(row[length:].tolist())) for row in out.sequences]) * decisive
+    chosen = variety.argsort(descending=True, stable=True)[:count]
+    assert bool(decisive[chosen].all()), "no decisive prompts: choose another seed"
+    return out.sequences[chosen, :length], out.sequences[chosen]

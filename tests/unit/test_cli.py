@@ -1,0 +1,415 @@
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from aquakv._version import __version__
+from aquakv.cli.main import main
+from aquakv.codec import ModelCodec
+from tiny_models import build
+
+WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(38))]
+
+
+def _text(seed, words):
+    ids = torch.randint(2, 40, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(WORDS[i] for i in ids)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a tiny model, another one of the same shape, two texts and a calibrated codec."""
+    root = tmp_path_factory.mktemp("cli")
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    for name, seed in (("tiny", 0), ("twin", 1)):
+        build("llama", seed=seed, max_position_embeddings=512).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "train.txt").write_text(_text(0, 2000))
+    (root / "test.txt").write_text(_text(1, 2000))
+    (root / "empty.txt").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "calibrate",
+                str(root / "tiny"),
+                "--out",
+                str(root / "codec"),
+                "--data",
+                str(root / "train.txt"),
+                "--samples",
+                "8",
+                "--seq-len",
+                "160",
+                "--device",
+                "cpu",
+                "--dtype",
+                "float32",
+            ]
+        )
+    assert stop.value.code == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _in_place(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("AQUAKV_DATA_DIR", raising=False)
+
+
+def _run(capsys, *arguments):
+    """Run a command; return its exit code, standard output and standard error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def _refused(capsys, *arguments, says):
+    code, out, err = _run(capsys, *arguments)
+    assert (code, out) == (2, ""), err
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("aquakv: ")
+    for part in says if isinstance(says, tuple) else (says,):
+        assert part in lines[0]
+
+
+def _calibrate(place, *more, model="tiny", out="out.safetensors", data="train.txt"):
+    return [
+        "calibrate",
+        place / model,
+        "--out",
+        out,
+        "--data",
+        place / data,
+        "--samples",
+        8,
+        "--seq-len",
+        160,
+        "--device",
+        "cpu",
+        *list(more),
+    ]
+
+
+def _eval(place, *more, codec="codec", data="test.txt", seq_len=300):
+    return [
+        "eval",
+        "perplexity",
+        place / "tiny",
+        "--codec",
+        place / codec,
+        "--data",
+        place / data,
+        "--samples",
+        3,
+        "--seq-len",
+        seq_len,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *list(more),
+    ]
+
+
+# --- happy paths ------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(capsys):
+    assert _run(capsys, "--version") == (0, f"aquakv {__version__}\n", "")
+    for arguments in ([], ["--help"], ["calibrate", "--help"], ["eval", "perplexity", "--help"]):
+        code, out, err = _run(capsys, *arguments)
+        assert (code, err) == (0, "")
+        assert "Usage" in out
+
+
+@pytest.mark.parametrize(("name", "bits"), [("paper", 3), ("higgs", 2)])
+def test_calibrate_writes_a_codec_that_says_where_it_is_from(place, capsys, name, bits):
+    code, out, err = _run(capsys, *_calibrate(place, "--preset", name, "--bits", bits))
+    assert code == 0, err
+    assert out.count("\n") == 1
+    assert "out.safetensors" in out
+    codec = ModelCodec.load("out.safetensors")
+    assert (codec.config.preset, codec.config.allocation.bits) == (name, bits)
+    record = codec.calibration
+    digest = hashlib.sha256((place / "train.txt").read_bytes() + b"\0").hexdigest()
+    assert [source["sha256"] for source in record["data"]] == [digest]
+    assert (record["sequences"], record["seq_len"], record["tokens"]) == (8, 160, 1280)
+    assert str(place / "tiny") in record["model"]
+    assert f"{codec.bits_per_value:.3f} bits per value" in out
+
+
+def test_calibrate_mixes_several_texts(place, capsys):
+    code, _, err = _run(capsys, *_calibrate(place, "--data", place / "test.txt"))
+    assert code == 0, err
+    names = [source["name"] for source in ModelCodec.load("out.safetensors").calibration["data"]]
+    assert names == [str(place / "train.txt"), str(place / "test.txt")]
+
+
+def test_inspect(place, capsys):
+    code, out, err = _run(capsys, "inspect", place / "codec")
+    assert (code, err) == (0, "")
+    for part in ("preset paper", "3 of 3 layers", "2 KV heads of 16", "1280 tokens", "train.txt"):
+        assert part in " ".join(out.split())
+    code, out, err = _run(capsys, "inspect", place / "codec", "--json")
+    assert (code, err) == (0, "")
+    content, codec = json.loads(out), ModelCodec.load(place / "codec")
+    assert content["bits_per_value"] == codec.bits_per_value
+    assert content["config"] == codec.config.to_dict()
+    assert content["fingerprint"]["layer_hashes"] == list(codec.fingerprint.layer_hashes)
+    assert len(content["calibration"]["layers"]) == 3
+
+
+CONTRACT = {
+    "schema_version",
+    "command",
+    "model",
+    "codec",
+    "data",
+    "tokens",
+    "seq_len",
+    "protocol",
+    "bits_per_value",
+    "bits_per_value_total",
+    "perplexity",
+    "baseline_perplexity",
+    "relative_increase",
+    "mean_kl",
+    "top1_agreement",
+    "elapsed_s",
+    "versions",
+    "device",
+    "git_sha",
+}
+
+
+def test_eval_perplexity_by_both_protocols(place, capsys):
+    results = {}
+    for protocol in ("streaming", "single-pass"):
+        code, out, err = _run(capsys, *_eval(place, "--protocol", protocol, "--json", f"{protocol}.json"))
+        assert code == 0, err
+        with open(f"{protocol}.json") as file:
+            result = results[protocol] = json.load(file)
+        assert set(result) >= CONTRACT
+        assert (result["schema_version"], result["command"]) == (1, "eval perplexity")
+        assert (result["protocol"], result["seq_len"], result["tokens"]) == (protocol, 300, 3 * 299)
+        assert result["codec"] == {
+            "file": "codec",
+            "preset": "paper",
+            "sha256": hashlib.sha256((place / "codec").read_bytes()).hexdigest(),
+        }
+        assert result["relative_increase"] == pytest.approx(
+            result["perplexity"] / result["baseline_perplexity"] - 1, abs=1e-12
+        )
+        assert 0 < result["mean_kl"] < 1
+        assert 0 < result["top1_agreement"] <= 1
+        assert f"{result['perplexity']:.4f}" in out
+        assert out.count("\n") == 1
+    stream, single = results["streaming"], results["single-pass"]
+    assert stream["baseline_perplexity"] == single["baseline_perplexity"]
+    # The model runs in float32 here, so that a code in thousands may turn between the protocols.
+    assert stream["perplexity"] == pytest.approx(single["perplexity"], rel=1e-3)
+    assert stream["mean_kl"] == pytest.approx(single["mean_kl"], rel=0.05)
+    # 256 of 300 tokens are coded: (4 + 2 + 2) / 3 bits and an fp16 scale for 32 values; streaming also holds
+    # four bytes of position for each of 300 tokens, shared by 3 layers of 64 values.
+    bits = 8 / 3 + 0.5
+    assert single["bits_per_value"] == pytest.approx(bits, abs=1e-9)
+    assert stream["bits_per_value"] == pytest.approx(bits + 32 * 300 / (256 * 64 * 3), abs=1e-9)
+    assert stream["bits_per_value_total"] > stream["bits_per_value"]
+    assert single["bits_per_value_total"] is None
+
+
+def test_eval_without_a_codec_measures_the_exact_cache(place, capsys):
+    code, out, err = _run(
+        capsys,
+        *["eval", "perplexity", place / "tiny", "--data", place / "test.txt", "--samples", 2],
+        *["--seq-len", 100, "--device", "cpu", "--json", "exact.json"],
+    )
+    assert code == 0, err
+    with open("exact.json") as file:
+        result = json.load(file)
+    assert set(result) >= CONTRACT
+    assert (result["codec"], result["bits_per_value"], result["mean_kl"]) == (None, None, 0)
+    assert result["perplexity"] == result["baseline_perplexity"]
+    assert "exact cache" in out
+
+
+def test_generate(place, capsys, monkeypatch):
+    arguments = [
+        "generate",
+        place / "tiny",
+        "--codec",
+        place / "codec",
+        "--max-new-tokens",
+        8,
+        "--device",
+        "cpu",
+    ]
+    prompt = _text(5, 150)
+    code, out, err = _run(capsys, *arguments, "--prompt", prompt)
+    assert code == 0, err
+    words = out.split()
+    assert 1 <= len(words) <= 8
+    assert set(words) <= set(WORDS)
+    assert "cache:" in err
+    assert "bits per value" in " ".join(err.split())
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    assert _run(capsys, *arguments, "--prompt", "-")[:2] == (0, out)
+    sampled = [_run(capsys, *arguments, "--prompt", prompt, "--sample", "--seed", s)[1] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+def test_unknown_options_and_commands(place, capsys):
+    _refused(capsys, "calibrate", place / "tiny", "--colour", "red", says="--colour")
+    _refused(capsys, "calibrate", place / "tiny", says="--out")
+    _refused(capsys, "calibrate", says="MODEL")
+    _refused(capsys, "compress", says="compress")
+    _refused(capsys, "eval", "beauty", says="beauty")
+    _refused(capsys, *_calibrate(place, "--samples", "many"), says="--samples")
+    _refused(capsys, *_calibrate(place, "--samples", 1), says="--samples")
+    _refused(capsys, *_calibrate(place, "--seq-len", 0), says="--seq-len")
+    _refused(capsys, *_calibrate(place, "--dtype", "int3"), says=("--dtype", "int3"))
+    _refused(capsys, *_eval(place, "--protocol", "guess"), says=("--protocol", "guess"))
+
+
+def test_model_that_is_not_there(place, capsys):
+    _refused(capsys, *_calibrate(place, model="none"), says="none")
+    _refused(capsys, "generate", "./none", "--codec", place / "codec", "--prompt", "w1", says="none")
+    _refused(
+        capsys, "eval", "perplexity", place / "train.txt", "--data", place / "test.txt", says="train.txt"
+    )
+    assert not os.listdir()
+
+
+def test_codec_that_is_not_there_or_not_one(place, capsys, tmp_path):
+    raw = (place / "codec").read_bytes()
+    for name, content in (("cut", raw[:-1]), ("changed", raw[:-9] + b"x" + raw[-8:]), ("text", b"hello")):
+        (tmp_path / name).write_bytes(content)
+    for name in ("none", "cut", "changed", "text", "."):
+        path = tmp_path / name
+        _refused(capsys, "inspect", path, says=str(path))
+        _refused(capsys, *_eval(place, codec=path), says=str(path))
+        _refused(capsys, "generate", place / "tiny", "--codec", path, "--prompt", "w1", says=str(path))
+
+
+def test_codec_of_another_model(place, capsys):
+    more = ["--data", place / "test.txt", "--samples", 1, "--seq-len", 200, "--device", "cpu"]
+    for protocol in ("streaming", "single-pass"):
+        _refused(
+            capsys,
+            *["eval", "perplexity", place / "twin", "--codec", place / "codec", *more],
+            *["--protocol", protocol],
+            says=("layer_hashes[0]", "another model"),
+        )
+    _refused(
+        capsys,
+        *["generate", place / "twin", "--codec", place / "codec", "--prompt", "w1 w2", "--device", "cpu"],
+        says=("layer_hashes[0]", "another model"),
+    )
+
+
+@pytest.mark.parametrize("bits", ["9", "2.5", "nan", "inf", "0", "-3", "two"])
+def test_impossible_bits(place, capsys, bits):
+    _refused(capsys, *_calibrate(place, f"--bits={bits}"), says="bits")
+    assert not os.listdir()
+
+
+def test_unknown_preset(place, capsys):
+    _refused(capsys, *_calibrate(place, "--preset", "best"), says=("best", "paper", "higgs"))
+
+
+def test_sequences_longer_than_the_models_maximum(place, capsys):
+    _refused(capsys, *_calibrate(place, "--seq-len", 513), says=("513", "512"))
+    _refused(capsys, *_eval(place, seq_len=513), says=("513", "512"))
+    _refused(
+        capsys,
+        *["generate", place / "tiny", "--codec", place / "codec", "--prompt", "w1", "--max-new-tokens", 512],
+        *["--device", "cpu"],
+        says="512",
+    )
+
+
+def test_sequences_too_short_to_compress_anything(place, capsys):
+    _refused(capsys, *_eval(place, "--json", "short.json", seq_len=100), says="--seq-len 100 is too short")
+    assert not os.listdir(), "a refused run leaves no result file"
+
+
+def test_data_that_is_missing_or_empty_or_short(place, capsys):
+    for data, says in (("none.txt", "none.txt"), ("empty.txt", "empty.txt"), ("tiny", "directory")):
+        _refused(capsys, *_calibrate(place, data=data), says=says)
+        _refused(capsys, *_eval(place, data=data), says=says)
+    _refused(capsys, *_calibrate(place, "--samples", 100), says="100 sequences")
+    _refused(capsys, *_calibrate(place, "--data", place / "train.txt"), says="twice")
+    assert not os.listdir()
+
+
+def test_results_that_cannot_be_written(place, capsys, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    for path, says in (("none/x", "does not exist"), ("there", "directory")):
+        _refused(capsys, *_calibrate(place, out=path), says=("codec", says))
+        _refused(capsys, *_eval(place, "--json", path), says=("result", says))
+    # Root may write everywhere, so the operating system's answer is stood in for.
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode, **more: mode != os.W_OK and access(path, mode, **more)
+    )
+    _refused(capsys, *_calibrate(place), says="may not be written")
+    _refused(capsys, *_eval(place, "--json", "x.json"), says="may not be written")
+    assert os.listdir() == ["there"]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n "])
+def test_empty_prompt(place, capsys, prompt):
+    _refused(
+        capsys, "generate", place / "tiny", "--codec", place / "codec", "--prompt", prompt, says="prompt"
+    )
+
+
+def test_no_chat_template(place, capsys):
+    _refused(
+        capsys,
+        *[
+            "generate",
+            place / "tiny",
+            "--codec",
+            place / "codec",
+            "--prompt",
+            "w1",
+            "--chat",
+            "--device",
+            "cpu",
+        ],
+        says=("chat template", "--chat"),
+    )
+
+
+def test_unknown_activations_and_device(place, capsys):
+    _refused(capsys, *_calibrate(place, "--activations", "disk"), says="disk")
+    _refused(capsys, *_calibrate(place, "--device", "toaster"), says="toaster")
+
+
+def test_an_interrupt_is_one_line_and_leaves_nothing(place, capsys, monkeypatch):
+    import aquakv.cli.commands.calibrate as command
+
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "token_sequences", interrupt)
+    code, out, err = _run(capsys, *_calibrate(place))
+    assert (code, out, err) == (1, "", "aquakv: interrupted\n")
+    assert not os.listdir()
