@@ -38,7 +38,7 @@ def codec_file(codecs, tmp_path_factory):
 
 
 def recite_prompts(count):
-    """Passages with their beginning repeated: the model is sure of what follows, and reads it off the codes."""
+    """Passages with their beginning again: the model is sure of what follows and reads it off the codes."""
     text = "\n".join(load_texts("pydoc:test"))
     passages = (text[9000 * i : 9000 * i + 1300 + 200 * i].strip() for i in range(count))
     return [f"{passage}\n\n{passage[:400]}" for passage in passages]
