@@ -158,12 +158,12 @@ def compare_bytes(loaded: LoadedModel, codec: ModelCodec, tokens: torch.Tensor) 
                 model.model(input_ids=batch[:, first : first + step], past_key_values=cache, use_cache=True)
 
     batch = tokens.to(device)
-    fill(AquaCache(model, codec), batch, 0, 256)  # let every allocation that is made once happen
+    long = short + (batch.shape[1] - short) // step * step
+    fill(AquaCache(model, codec), batch, 0, long)  # whatever is allocated once, scratch included, is now
     caches = [AquaCache(model, codec) for _ in range(4)]
     for cache in caches:
         fill(cache, batch[:, :short], 0, short)
     before, coded_before = in_use(device), sum(c.footprint().total_bytes for c in caches)
-    long = short + (batch.shape[1] - short) // step * step
     for cache in caches:
         fill(cache, batch, short, long)
     after, coded_after = in_use(device), sum(c.footprint().total_bytes for c in caches)

@@ -1,6 +1,7 @@
 """The compressed cache."""
 
-from aquakv.cache.aqua_cache import AquaCache, AquaLayer
+from aquakv.cache.aqua_cache import AquaCache
+from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.storage import CodedPages, ExactTokens

@@ -4,95 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
+from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.storage import CodedPages, ExactTokens, storage_bytes
-from aquakv.codec import LayerCodec, ModelCodec, Reconstruction
+from aquakv.cache.step import CacheStep
+from aquakv.cache.storage import CodedPages, storage_bytes
+from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.hooks import ModelHooks
-from aquakv.models.rotary import RotaryTables, rotate, unrotate
 
 _HALFWAY = "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
-
-
-@dataclass
-class _Step:
-    """What lives during one forward pass only.
-
-    ``coded`` are the pages held when the pass began, ``due`` those compressed in it. Their reconstructions at
-    the layer before are all that goes from layer to layer.
-    """
-
-    coded: list[tuple[int, int]]
-    due: list[tuple[int, int]]
-    columns_before: int
-    dtype: torch.dtype
-    next_layer: int = 0
-    coded_hat: Reconstruction | None = None
-    due_hat: Reconstruction | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-
-class AquaLayer(CacheLayerMixin):
-    """One compressed layer, as transformers asks after it; the data and the work are the cache's."""
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, layout: TokenLayout, pages: CodedPages) -> None:
-        super().__init__()
-        self.layout = layout
-        self.pages = pages
-        self.exact: ExactTokens | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the exact store for keys and values ``[rows, num_kv_heads, tokens, head_dim]``."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        sinks = self.layout.window.sink_tokens
-        self.exact = ExactTokens.empty(key_states.transpose(1, 2), value_states.transpose(1, 2), sinks)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Refuse: a compressed layer needs the layer before it, which only the whole cache knows."""
-        raise CacheStateError("a compressed layer is updated through AquaCache.update, not by itself")
-
-    def get_seq_length(self) -> int:
-        """Return the columns held, padding included."""
-        return self.layout.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns after ``query_length`` more, and the first one's index."""
-        return self.layout.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.18
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences held."""
-        return self.layout.rows
-
-    def reset(self) -> None:
-        """Drop everything."""
-        self.pages.chunks.clear()
-        self.exact = None
-        self.is_initialized = False
 
 
 class AquaCache(Cache):
@@ -135,7 +65,7 @@ class AquaCache(Cache):
         self.codec.fingerprint.require_match(self._adapter.fingerprint(), name)
         self.window = window or self.codec.config.window
         self._order = {layer: index for index, layer in enumerate(self._adapter.compressed_layers)}
-        self._step: _Step | None = None
+        self._step: CacheStep | None = None
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         self._in_forward = False
@@ -219,13 +149,14 @@ class AquaCache(Cache):
             layer.lazy_initialization(key_states, value_states)
         if key_states.dtype != layer.dtype:
             raise CacheStateError(f"the cache holds {layer.dtype}, but got keys of {key_states.dtype}")
+        exact = layer.exact
+        assert exact is not None  # lazy_initialization has run
         codec = self.codec.layer_on(order, key_states.device)
-        keys, values = self._update_layer(layer, layer_idx, codec, key_states, value_states, step)
-        step.next_layer += 1
+        everything = step.run_layer(layer_idx, codec, layer.pages, exact, key_states, value_states)
         if step.next_layer == len(self._order):
-            self.layout.commit(step.due)
+            step.finish()
             self._step = None
-        return keys, values
+        return everything
 
     def _begin_step(self, key_states: Tensor) -> None:
         if self._step is not None:
@@ -237,114 +168,8 @@ class AquaCache(Cache):
             )
         rows, _, new_columns, _ = key_states.shape
         before = self.layout.columns
-        coded = list(self.layout.pages)
         self.layout.append(new_columns, self._positions, self._mask, rows)
-        self._step = _Step(coded, self.layout.blocks_due(), before, reconstruction_dtype(key_states))
-
-    def _update_layer(
-        self,
-        layer: AquaLayer,
-        layer_idx: int,
-        codec: LayerCodec,
-        key_states: Tensor,
-        value_states: Tensor,
-        step: _Step,
-    ) -> tuple[Tensor, Tensor]:
-        exact = layer.exact
-        assert exact is not None  # lazy_initialization has run
-        new_keys, new_values = key_states.transpose(1, 2), value_states.transpose(1, 2)
-        keys = self._assemble(exact.sink_keys, exact.tail_keys, new_keys, step)
-        values = self._assemble(exact.sink_values, exact.tail_values, new_values, step)
-        if step.coded:
-            previous = None if step.coded_hat is None else _to(step.coded_hat, keys.device)
-            hat = codec.reconstruct(layer.pages.all(), previous, step.dtype)
-            tables = self._tables(step, "coded", layer_idx, keys)
-            key_hat = (hat.keys + codec.keys.mean).view(-1, *keys.shape[2:])
-            self._place(keys, rotate(key_hat, tables), step, "coded")
-            self._place(values, (hat.values + codec.values.mean).view(-1, *values.shape[2:]), step, "coded")
-            step.coded_hat = hat
-        if step.due:
-            tables = self._tables(step, "due", layer_idx, keys)
-            key_block = unrotate(self._gather(keys, step), tables).flatten(1)
-            value_block = self._gather(values, step).flatten(1)
-            previous = None if step.due_hat is None else _to(step.due_hat, keys.device)
-            encoded, step.due_hat = codec.encode(key_block, value_block, previous)
-            layer.pages.append(encoded)
-        self._keep_exact(exact, keys, values, step)
-        return keys.transpose(1, 2), values.transpose(1, 2)
-
-    def _assemble(self, sinks: Tensor, tail: Tensor, new: Tensor, step: _Step) -> Tensor:
-        """Lay out all columns ``[rows, columns, heads, head_dim]``; compressed ones are left for `_place`."""
-        rows, _, heads, dim = new.shape
-        before = step.columns_before
-        out = new.new_empty(rows, self.layout.columns, heads, dim)
-        tail_start = before - tail.shape[1]
-        out[:, tail_start:before] = tail
-        out[:, before:] = new
-        if tail_start == 0:
-            return out
-        for row, start in enumerate(self.layout.starts):
-            out[row, : min(start, tail_start)] = 0
-            held = min(self.window.sink_tokens, before - start)
-            if held > 0:
-                out[row, start : start + held] = sinks[row, :held]
-        return out
-
-    def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor, step: _Step) -> None:
-        """Copy what stays exact out of the assembled columns, so that these can be freed."""
-        columns = self.layout.columns
-        for row, start in enumerate(self.layout.starts):
-            first = max(start, step.columns_before)
-            last = min(start + self.window.sink_tokens, columns)
-            if first < last:
-                exact.sink_keys[row, first - start : last - start] = keys[row, first:last]
-                exact.sink_values[row, first - start : last - start] = values[row, first:last]
-        due_rows = [row for row, _ in step.due]
-        tail_start = min(
-            first + due_rows.count(row) * self.window.block_tokens
-            for row, first in enumerate(self.layout.first_exact_columns())
-        )
-        exact.tail_keys = keys[:, tail_start:].clone(memory_format=torch.contiguous_format)
-        exact.tail_values = values[:, tail_start:].clone(memory_format=torch.contiguous_format)
-
-    def _place(self, out: Tensor, vectors: Tensor, step: _Step, which: str) -> None:
-        blocks = step.coded if which == "coded" else step.due
-        if self._run(step, which):
-            first = blocks[0][1]
-            out[0, first : first + vectors.shape[0]] = vectors
-        else:
-            out.view(-1, *out.shape[2:]).index_copy_(
-                0, self._index(step, which, out.device), vectors.to(out.dtype)
-            )
-
-    def _gather(self, columns: Tensor, step: _Step) -> Tensor:
-        """Return the tokens of the blocks that are due, ``[tokens, heads, head_dim]``."""
-        if self._run(step, "due"):
-            first = step.due[0][1]
-            return columns[0, first : first + len(step.due) * self.window.block_tokens]
-        return columns.flatten(0, 1).index_select(0, self._index(step, "due", columns.device))
-
-    def _run(self, step: _Step, which: str) -> bool:
-        key = ("run", which)
-        if key not in step.memo:
-            step.memo[key] = self.layout.is_contiguous(step.coded if which == "coded" else step.due)
-        return step.memo[key]
-
-    def _index(self, step: _Step, which: str, device: torch.device) -> Tensor:
-        key = ("index", which, device)
-        if key not in step.memo:
-            blocks = step.coded if which == "coded" else step.due
-            step.memo[key] = self.layout.page_columns(blocks, device)
-        return step.memo[key]
-
-    def _tables(self, step: _Step, which: str, layer_idx: int, keys: Tensor) -> RotaryTables:
-        key = ("tables", which, keys.device)  # all full-attention layers share one rotary embedding
-        if key not in step.memo:
-            positions = self.layout.positions
-            assert positions is not None  # set by layout.append
-            chosen = positions.flatten()[self._index(step, which, positions.device)]
-            step.memo[key] = self._adapter.rotary_tables(chosen, layer_idx, keys.dtype, keys.device)
-        return step.memo[key]
+        self._step = CacheStep(self._adapter, self.layout, before)
 
     # --- the rest of the protocol -------------------------------------------------------------------------
 
@@ -393,9 +218,7 @@ class AquaCache(Cache):
         if not self.layout.rows:
             return
         everything = torch.arange(self.layout.rows)
-        rows = everything[
-            torch.as_tensor(indices).cpu()
-        ].tolist()  # negative numbers and masks as for tensors
+        rows = everything[torch.as_tensor(indices).cpu()].tolist()  # negative numbers, masks: as for tensors
         if rows == everything.tolist():
             return
         pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
@@ -446,13 +269,3 @@ class AquaCache(Cache):
         for layer in other._compressed:
             layer.layout = other.layout
         return other
-
-
-def reconstruction_dtype(key_states: Tensor) -> torch.dtype:
-    """Return the dtype that codes are reconstructed in: the keys' own, but not float16 on a CPU."""
-    on_cpu_half = key_states.device.type == "cpu" and key_states.dtype == torch.float16
-    return torch.float32 if on_cpu_half else key_states.dtype
-
-
-def _to(reconstruction: Reconstruction, device: torch.device) -> Reconstruction:
-    return Reconstruction(*(tensor.to(device) for tensor in reconstruction))

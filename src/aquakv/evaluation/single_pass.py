@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from aquakv.cache.aqua_cache import reconstruction_dtype
+from aquakv.cache.step import reconstruction_dtype
 from aquakv.codec import ModelCodec, Reconstruction
 from aquakv.config import WindowConfig
 from aquakv.errors import UnsupportedModelError

@@ -1,0 +1,190 @@
+"""One forward pass through the cache: reconstruct, attend, compress, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from aquakv.cache.layout import TokenLayout
+from aquakv.cache.storage import CodedPages, ExactTokens
+from aquakv.codec import LayerCodec, Reconstruction
+from aquakv.models.adapter import ModelAdapter
+from aquakv.models.rotary import RotaryTables, rotate, unrotate
+
+
+@dataclass
+class _Blocks:
+    """Blocks of tokens that all layers treat alike in one pass, and the layer before's view of them.
+
+    Attributes
+    ----------
+    layout
+        Where the tokens are.
+    pages
+        ``(row, first_column)`` of each block, in storage order.
+    hat
+        The tokens' reconstruction at the layer before; None at the first compressed layer.
+    """
+
+    layout: TokenLayout
+    pages: list[tuple[int, int]]
+    hat: Reconstruction | None = None
+    _index: dict[torch.device, Tensor] = field(default_factory=dict)
+    _tables: dict[torch.device, RotaryTables] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.pages)
+
+    @cached_property
+    def run(self) -> slice | None:
+        """The blocks' columns if they are one run of a single row."""
+        if not self.layout.is_contiguous(self.pages):
+            return None
+        first = self.pages[0][1]
+        return slice(first, first + len(self.pages) * self.layout.window.block_tokens)
+
+    def previous(self, device: torch.device) -> Reconstruction | None:
+        """Return the reconstruction at the layer before, on a device."""
+        return None if self.hat is None else Reconstruction(*(tensor.to(device) for tensor in self.hat))
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return the tokens' flat indices, see `TokenLayout.page_columns`."""
+        if device not in self._index:
+            self._index[device] = self.layout.page_columns(self.pages, device)
+        return self._index[device]
+
+    def tables(self, adapter: ModelAdapter, layer_idx: int, keys: Tensor) -> RotaryTables:
+        """Return the tokens' cosines and sines, which all full-attention layers share."""
+        if keys.device not in self._tables:
+            positions = self.layout.positions
+            assert positions is not None  # set by layout.append
+            chosen = positions.flatten()[self.index(positions.device)]
+            self._tables[keys.device] = adapter.rotary_tables(chosen, layer_idx, keys.dtype, keys.device)
+        return self._tables[keys.device]
+
+    def place(self, out: Tensor, vectors: Tensor) -> None:
+        """Write the tokens' ``vectors`` ``[tokens, heads * head_dim]`` to their columns of ``out``."""
+        vectors = vectors.view(-1, *out.shape[2:])
+        if self.run is not None:
+            out[0, self.run] = vectors
+        else:
+            out.view(-1, *out.shape[2:]).index_copy_(0, self.index(out.device), vectors.to(out.dtype))
+
+    def gather(self, columns: Tensor) -> Tensor:
+        """Return the tokens' vectors, ``[tokens, heads, head_dim]``."""
+        if self.run is not None:
+            return columns[0, self.run]
+        return columns.flatten(0, 1).index_select(0, self.index(columns.device))
+
+
+class CacheStep:
+    """What lives during one forward pass only.
+
+    Parameters
+    ----------
+    adapter
+        The model.
+    layout
+        The cache's tokens, those of this pass included.
+    columns_before
+        Columns held before this pass.
+    """
+
+    def __init__(self, adapter: ModelAdapter, layout: TokenLayout, columns_before: int) -> None:
+        self.next_layer = 0
+        self._adapter = adapter
+        self._layout = layout
+        self._columns_before = columns_before
+        self._coded = _Blocks(layout, list(layout.pages))
+        self._due = _Blocks(layout, layout.blocks_due())
+
+    def run_layer(
+        self,
+        layer_idx: int,
+        codec: LayerCodec,
+        pages: CodedPages,
+        exact: ExactTokens,
+        key_states: Tensor,
+        value_states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the pass's tokens to one layer; return all to attend to, as `AquaCache.update` does."""
+        keys = self._assemble(exact.sink_keys, exact.tail_keys, key_states.transpose(1, 2))
+        values = self._assemble(exact.sink_values, exact.tail_values, value_states.transpose(1, 2))
+        if self._coded:
+            self._reconstruct(layer_idx, codec, pages, keys, values)
+        if self._due:
+            self._compress(layer_idx, codec, pages, keys, values)
+        self._keep_exact(exact, keys, values)
+        self.next_layer += 1
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def finish(self) -> None:
+        """Record what was compressed, once all layers are through."""
+        self._layout.commit(self._due.pages)
+
+    def _reconstruct(
+        self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
+    ) -> None:
+        """Write the older tokens, as their codes give them, to their columns."""
+        previous = self._coded.previous(keys.device)
+        hat = codec.reconstruct(pages.all(), previous, reconstruction_dtype(keys))
+        tables = self._coded.tables(self._adapter, layer_idx, keys)
+        key_hat = (hat.keys + codec.keys.mean).view(-1, *keys.shape[2:])
+        self._coded.place(keys, rotate(key_hat, tables))
+        self._coded.place(values, hat.values + codec.values.mean)
+        self._coded.hat = hat
+
+    def _compress(
+        self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
+    ) -> None:
+        """Encode the blocks that are due; this pass still attends to their exact values."""
+        tables = self._due.tables(self._adapter, layer_idx, keys)
+        key_block = unrotate(self._due.gather(keys), tables).flatten(1)
+        value_block = self._due.gather(values).flatten(1)
+        encoded, self._due.hat = codec.encode(key_block, value_block, self._due.previous(keys.device))
+        pages.append(encoded)
+
+    def _assemble(self, sinks: Tensor, tail: Tensor, new: Tensor) -> Tensor:
+        """Lay out all columns ``[rows, columns, heads, head_dim]``, compressed ones not yet written."""
+        rows, _, heads, dim = new.shape
+        before = self._columns_before
+        if before == 0:
+            return new
+        out = new.new_empty(rows, self._layout.columns, heads, dim)
+        tail_start = before - tail.shape[1]
+        out[:, tail_start:before] = tail
+        out[:, before:] = new
+        if tail_start == 0:
+            return out
+        for row, start in enumerate(self._layout.starts):
+            out[row, : min(start, tail_start)] = 0
+            held = min(self._layout.window.sink_tokens, before - start)
+            if held > 0:
+                out[row, start : start + held] = sinks[row, :held]
+        return out
+
+    def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
+        """Copy what stays exact out of the assembled columns, so that these can be freed."""
+        columns, window = self._layout.columns, self._layout.window
+        for row, start in enumerate(self._layout.starts):
+            first = max(start, self._columns_before)
+            last = min(start + window.sink_tokens, columns)
+            if first < last:
+                exact.sink_keys[row, first - start : last - start] = keys[row, first:last]
+                exact.sink_values[row, first - start : last - start] = values[row, first:last]
+        due_rows = [row for row, _ in self._due.pages]
+        tail_start = min(
+            first + due_rows.count(row) * window.block_tokens
+            for row, first in enumerate(self._layout.first_exact_columns())
+        )
+        exact.tail_keys = keys[:, tail_start:].clone(memory_format=torch.contiguous_format)
+        exact.tail_values = values[:, tail_start:].clone(memory_format=torch.contiguous_format)
+
+
+def reconstruction_dtype(key_states: Tensor) -> torch.dtype:
+    """Return the dtype that codes are reconstructed in: the keys' own, but not float16 on a CPU."""
+    on_cpu_half = key_states.device.type == "cpu" and key_states.dtype == torch.float16
+    return torch.float32 if on_cpu_half else key_states.dtype
