@@ -87,8 +87,8 @@ def main() -> None:
     for path in (ROOT / "README.md",):
         old = path.read_text(encoding="utf-8")
         new = re.sub(
-            r"(<!-- table:(\w+) -->\n).*?(\n<!-- end -->)",
-            lambda match: match[1] + TABLES[match[2]]() + match[3],
+            r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",
+            lambda match: match[1] + TABLES[match[2]]() + "\n" + match[3],
             old,
             flags=re.DOTALL,
         )

@@ -26,12 +26,12 @@ from aquakv.files import require_writable
 from aquakv.models.loading import DEMO
 
 CONTESTANTS = {
-    "higgs, 2 bit": preset("higgs", 2),
-    "paper, 2 bit": preset("paper", 2),
-    "paper, 3 bit": preset("paper", 3),
-    "paper, 4 bit": preset("paper", 4),
+    "higgs 2 bit": preset("higgs", 2),
+    "paper 2 bit": preset("paper", 2),
+    "paper 3 bit": preset("paper", 3),
+    "paper 4 bit": preset("paper", 4),
 }
-SHOWN = "paper, 2 bit"
+SHOWN = "paper 2 bit"
 _ARTICLE_CHARACTERS = 2400
 
 
@@ -96,7 +96,7 @@ def demo(
 
 
 def _table(qualities: dict[str, Quality], dtype: torch.dtype, sequences: int, seq_len: int) -> Table:
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("cache", no_wrap=True)
     for name in ("bits", "perplexity", "increase", "KL", "top-1", "size"):
         table.add_column(name, justify="right", no_wrap=True)
