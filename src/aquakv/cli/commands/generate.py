@@ -54,4 +54,4 @@ def generate(
             do_sample=sample,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-    options.messages.print(f"[dim]cache: {cache.footprint()}[/dim]", highlight=False)
+    options.messages.print(f"[dim]cache: {cache.footprint()}[/dim]", highlight=False, soft_wrap=True)
