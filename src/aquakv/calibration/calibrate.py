@@ -19,7 +19,7 @@ from aquakv.calibration.walk import LayerWalk
 from aquakv.codec import ModelCodec
 from aquakv.config import CodecConfig
 from aquakv.errors import ConfigError, DataError
-from aquakv.models.adapter import adapt
+from aquakv.models.adapter import ModelAdapter, adapt
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def calibrate_many(
         The model cannot be compressed correctly.
     """
     adapter = adapt(model)
-    sequences, seq_len = _check_tokens(tokens, adapter.max_length)
+    sequences, seq_len = _check_tokens(tokens, adapter)
     held_out = max(1, sequences // 8) if held_out is None else held_out
     if not 1 <= held_out < sequences:
         raise DataError(f"expected between 1 and {sequences - 1} held-out sequences, got {held_out}")
@@ -171,17 +171,13 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _check_tokens(tokens: Tensor, max_length: int | None) -> tuple[int, int]:
+def _check_tokens(tokens: Tensor, adapter: ModelAdapter) -> tuple[int, int]:
     if tokens.ndim != 2 or tokens.shape[0] < 2:
         raise DataError(
             f"calibration tokens: expected at least 2 sequences of equal length, got {list(tokens.shape)}"
         )
     sequences, seq_len = tokens.shape
-    if max_length is not None and seq_len > max_length:
-        raise DataError(
-            f"sequences of {seq_len} tokens are longer than the model's maximum of {max_length}; "
-            f"use --seq-len {max_length} or less"
-        )
+    adapter.require_length(seq_len)
     return sequences, seq_len
 
 

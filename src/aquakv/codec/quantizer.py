@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aquakv.config import QuantizerConfig
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.numerics import GaussianGrid, load_grid, pack, packed_words, unpack_lookup
+from aquakv.numerics import GaussianGrid, byte_table, load_grid, pack, packed_words, unpack_lookup
 
 #: Largest finite float16: scales saturate there instead of becoming infinite.
 MAX_SCALE = 65504.0
@@ -125,7 +125,8 @@ class GridQuantizer:
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if dtype not in self._tables or self._tables[dtype].device != device:
-            self._tables[dtype] = self.grid.points.to(device=device, dtype=dtype)
+            points = self.grid.points.to(device=device, dtype=dtype)
+            self._tables[dtype] = byte_table(points, self.grid.code_width)
         return self._tables[dtype]
 
 

@@ -16,7 +16,7 @@ from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import DataError
 from aquakv.evaluation.single_pass import single_pass
-from aquakv.models.adapter import adapt
+from aquakv.models.adapter import ModelAdapter, adapt
 
 Protocol = Literal["streaming", "single-pass"]
 PROTOCOLS: tuple[Protocol, ...] = ("streaming", "single-pass")
@@ -171,16 +171,18 @@ def evaluate_quality(
     ------
     DataError
         The sequences are longer than the model takes, or too short to predict anything.
+    CodecMismatchError
+        A codec belongs to another model.
     """
     adapter = adapt(model)
     sequences, seq_len = tokens.shape
     if sequences < 1 or seq_len < 2:
         raise DataError(f"expected at least one sequence of two tokens, got shape {list(tokens.shape)}")
-    if adapter.max_length is not None and seq_len > adapter.max_length:
-        raise DataError(
-            f"sequences of {seq_len} tokens are longer than the model's maximum of {adapter.max_length}; "
-            f"use --seq-len {adapter.max_length} or less"
-        )
+    adapter.require_length(seq_len)
+    fingerprint = adapter.fingerprint()
+    for codec in codecs.values():
+        if codec is not None:
+            codec.fingerprint.require_match(fingerprint)
     results = {name: Quality() for name in codecs}
     tick = _Ticker(sequences * (1 + len(codecs)), progress)
     for batch in tokens.split(batch_size):
@@ -189,7 +191,7 @@ def evaluate_quality(
         tick(len(batch))
         for name, codec in codecs.items():
             for start, logits in _compressed_logits(
-                model, codec, protocol, window, batch, exact, results[name]
+                adapter, codec, protocol, window, batch, exact, results[name]
             ):
                 targets = batch[:, start + 1 : start + 1 + logits.shape[1]]
                 predicted = targets.shape[1]
@@ -201,7 +203,7 @@ def evaluate_quality(
 
 
 def _compressed_logits(
-    model: PreTrainedModel,
+    adapter: ModelAdapter,
     codec: ModelCodec | None,
     protocol: Protocol,
     window: WindowConfig | None,
@@ -213,21 +215,22 @@ def _compressed_logits(
     if codec is None:
         return iter([(0, exact)])
     run = _stream if protocol == "streaming" else _one_pass
-    return run(model, codec, window or codec.config.window, batch, quality)
+    return run(adapter, codec, window or codec.config.window, batch, quality)
 
 
 def _stream(
-    model: PreTrainedModel, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
+    adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
 ) -> Iterator[tuple[int, Tensor]]:
     """Feed a batch through a real cache and yield ``(first position, logits)`` of every block.
 
     The blocks end where the cache compresses, so that every query sees what it would see token by token.
     """
-    cache = AquaCache(model, codec, window=window)
+    cache = AquaCache(adapter.model, codec, window=window)
     first = window.sink_tokens + window.recent_window + window.block_tokens
     start, seq_len = 0, batch.shape[1]
     for end in [*range(first, seq_len, window.block_tokens), seq_len]:
-        yield start, model(input_ids=batch[:, start:end], past_key_values=cache, use_cache=True).logits
+        part = batch[:, start:end]
+        yield start, adapter.model(input_ids=part, past_key_values=cache, use_cache=True).logits
         start = end
     footprint = cache.footprint()
     quality.coded_bytes += footprint.coded_bytes if footprint.coded_values else 0
@@ -237,12 +240,10 @@ def _stream(
 
 
 def _one_pass(
-    model: PreTrainedModel, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
+    adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
 ) -> Iterator[tuple[int, Tensor]]:
-    adapter = adapt(model)
-    codec.fingerprint.require_match(adapter.fingerprint())
     with single_pass(adapter, codec, window, batch.shape[1]) as cache:
-        logits = model(input_ids=batch, past_key_values=cache, use_cache=True).logits
+        logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
     quality.coded_bytes += cache.coded_bytes
     quality.coded_values += cache.coded_values
     yield 0, logits

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from aquakv.codec import ModelFingerprint
-from aquakv.errors import UnsupportedModelError
+from aquakv.errors import DataError, UnsupportedModelError
 from aquakv.models.rotary import RotaryTables, rotate
 
 #: Rotary types whose tables for a position depend on how long the sequence has become: what was rotated with
@@ -72,6 +72,14 @@ class ModelAdapter:
     def max_length(self) -> int | None:
         """Longest sequence that the model's configuration allows."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    def require_length(self, seq_len: int) -> None:
+        """Raise `DataError` if sequences of ``seq_len`` tokens are longer than the model takes."""
+        if self.max_length is not None and seq_len > self.max_length:
+            raise DataError(
+                f"sequences of {seq_len} tokens are longer than the model's maximum of {self.max_length}; "
+                f"use --seq-len {self.max_length} or less"
+            )
 
     @cached_property
     def _rotary_takes_layer_type(self) -> bool:
