@@ -158,3 +158,25 @@ def test_cuda(precision):
         assert_matches(elsewhere, x, y)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_moments_of_parts_go_on_as_if_they_had_seen_the_pairs():
+    x, y = make_pairs(3000)
+    seen, rest = StreamingMoments(7, 5, full_y=True), StreamingMoments(7, 5, full_y=True)
+    seen.update(x[:2000], y[:2000])
+    rest.update(x[2000:], y[2000:])
+    parts = StreamingMoments.of_parts(
+        seen.count, seen.mean_x, seen.mean_y, seen.scatter_xx, seen.scatter_xy, seen.scatter_yy
+    )
+    assert_matches(parts, x[:2000], y[:2000])
+    parts.merge(rest)
+    assert_matches(parts, x, y)
+
+
+def test_parts_must_fit_together():
+    x, y = torch.zeros(7, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    good = {"scatter_xx": (7, 7), "scatter_xy": (7, 5), "scatter_yy": (5, 5)}
+    for name, shape in (("scatter_xx", (7, 5)), ("scatter_xy", (5, 7)), ("scatter_yy", (5,))):
+        parts = {n: torch.zeros(s).double() for n, s in {**good, name: shape}.items()}
+        with pytest.raises(ShapeError, match=name):
+            StreamingMoments.of_parts(3, x, y, **parts)

@@ -1,24 +1,48 @@
 """Numerical building blocks that know nothing of codecs or models."""
 
 from aquakv.numerics.grids import GaussianGrid, available_grids, load_grid
+from aquakv.numerics.klt import WeightedKlt, shrink_covariance, symmetric_root, weighted_klt
 from aquakv.numerics.least_squares import AffineMap, explained_variance, ridge
 from aquakv.numerics.moments import StreamingMoments
 from aquakv.numerics.orthogonal import hadamard, orthogonal_matrix
 from aquakv.numerics.packing import byte_table, pack, packed_words, unpack, unpack_lookup
+from aquakv.numerics.rans import EntropyCoded, SymbolTables
+from aquakv.numerics.reduced_rank import reduce_rank
+from aquakv.numerics.water_filling import (
+    allocate_widths,
+    fill_bytes,
+    theta_for,
+    uniform_step,
+    unit_distortions,
+    widths_at,
+)
 
 __all__ = [
     "AffineMap",
+    "EntropyCoded",
     "GaussianGrid",
     "StreamingMoments",
+    "SymbolTables",
+    "WeightedKlt",
+    "allocate_widths",
     "available_grids",
     "byte_table",
     "explained_variance",
+    "fill_bytes",
     "hadamard",
     "load_grid",
     "orthogonal_matrix",
     "pack",
     "packed_words",
+    "reduce_rank",
     "ridge",
+    "shrink_covariance",
+    "symmetric_root",
+    "theta_for",
+    "uniform_step",
+    "unit_distortions",
     "unpack",
     "unpack_lookup",
+    "weighted_klt",
+    "widths_at",
 ]

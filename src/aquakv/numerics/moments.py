@@ -55,6 +55,33 @@ class StreamingMoments:
         shape_yy = (out_features, out_features) if full_y else (out_features,)
         self._scatter_yy = self._mean_x.new_zeros(shape_yy)
 
+    @classmethod
+    def of_parts(
+        cls,
+        count: int,
+        mean_x: Tensor,
+        mean_y: Tensor,
+        scatter_xx: Tensor,
+        scatter_xy: Tensor,
+        scatter_yy: Tensor,
+    ) -> StreamingMoments:
+        """Make moments of sums that were gathered elsewhere, all float64 on one device, ``scatter_yy`` full.
+
+        Raises
+        ------
+        ShapeError
+            If the shapes do not fit together.
+        """
+        moments = cls(len(mean_x), len(mean_y), mean_x.device, full_y=True)
+        parts = {"_scatter_xx": scatter_xx, "_scatter_xy": scatter_xy, "_scatter_yy": scatter_yy}
+        for name, part in parts.items():
+            wanted = getattr(moments, name).shape
+            if part.shape != wanted:
+                raise ShapeError(f"moments: expected {name[1:]} {list(wanted)}, got {list(part.shape)}")
+            setattr(moments, name, part)
+        moments._count, moments._mean_x, moments._mean_y = count, mean_x, mean_y
+        return moments
+
     @property
     def device(self) -> torch.device:
         """Where the sums live."""
