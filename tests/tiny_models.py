@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from aquakv import WindowConfig, calibrate, preset
+from aquakv.codec import ModelCodec
+from aquakv.config import PRESETS
 
 VOCAB = 40
 
@@ -120,6 +122,31 @@ def codec_for(kind="llama", name="paper", bits=None, window=WINDOW, seed=0):
     return calibrate(model, random_tokens(8, 48, seed=1), config)
 
 
+@functools.cache
+def guarded_codec(kind="llama", limit=1e-12, fraction=0.25):
+    """Return the decode preset's codec with another limit and cap: by default the cap alone decides."""
+    codec = codec_for(kind, "decode")
+
+    def tensor_codec(one):
+        return dataclasses.replace(one, guard=dataclasses.replace(one.guard, limit=torch.tensor([limit])))
+
+    layers = tuple(
+        dataclasses.replace(layer, keys=tensor_codec(layer.keys), values=tensor_codec(layer.values))
+        for layer in codec.layers
+    )
+    guard = dataclasses.replace(codec.config.guard, max_fraction=fraction)
+    return ModelCodec(dataclasses.replace(codec.config, guard=guard), codec.fingerprint, layers)
+
+
+#: What every codec has to do: the presets, and one whose guard keeps a quarter of its tokens exact.
+VARIANTS = (*PRESETS, "guarded")
+
+
+def variant(name, kind="llama"):
+    """Return a codec of `VARIANTS`."""
+    return guarded_codec(kind) if name == "guarded" else codec_for(kind, name)
+
+
 def feed(model, cache, tokens, sizes, mask=None):
     """Feed tokens in chunks of the given sizes; return all logits. Positions count real tokens only."""
     logits, start = [], 0
@@ -137,15 +164,28 @@ def feed(model, cache, tokens, sizes, mask=None):
 
 
 def row_codes(cache, row):
-    """Return every code tensor of one sequence, layer by layer, oldest token first."""
+    """Return all that is kept of one sequence's compressed tokens, layer by layer, oldest token first.
+
+    Outliers as float32: the models' float64 differs by 1e-15 between batch shapes.
+    """
     step = cache.window.block_tokens
-    pages = [i for i, (r, _) in enumerate(cache.layout.pages) if r == row]
-    assert [cache.layout.pages[i][1] for i in pages] == sorted(cache.layout.pages[i][1] for i in pages)
-    found = []
-    for layer in cache.layers:
-        if hasattr(layer, "pages") and pages:
-            for part in layer.pages.all():
-                found += [torch.cat([t[i * step : (i + 1) * step] for i in pages]) for t in part]
+    own = [i for i, (r, _) in enumerate(cache.layout.pages) if r == row]
+    columns = [cache.layout.pages[i][1] for i in own]
+    assert columns == sorted(columns)
+    pages, found = torch.tensor(own), []
+    for layer in cache.layers if own else ():
+        if not hasattr(layer, "pages"):
+            continue
+        chunk = layer.pages.all()
+        for kind in chunk.encoded:
+            kept = kind.select(pages, step)
+            found += [*kept.code_tensors, *kept.scale_tensors]
+        outliers = chunk.outliers and chunk.outliers.select(pages, step)
+        if outliers is None:
+            exact = layer.exact.sink_keys.new_empty(0, *layer.exact.sink_keys.shape[2:]).float()
+            found += [torch.empty(0, dtype=torch.int32), exact, exact]
+        else:
+            found += [outliers.index, outliers.keys.float(), outliers.values.float()]
     return found
 
 
@@ -154,9 +194,14 @@ def same_bits(a, b):
     return len(a) == len(b) and all(
         x.dtype == y.dtype
         and x.shape == y.shape
-        and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        and torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
         for x, y in zip(a, b, strict=True)
     )
+
+
+def begins_with(codes, first):
+    """Tell whether a sequence's codes begin with those of its first tokens, see `row_codes`."""
+    return bool(first) and same_bits([t[: len(part)] for t, part in zip(codes, first, strict=True)], first)
 
 
 @functools.cache

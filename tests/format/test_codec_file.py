@@ -19,7 +19,9 @@ import tiny_models
 from aquakv import ModelCodec, preset
 from aquakv.codec import AffinePredictor, LayerCodec, ModelFingerprint
 from aquakv.codec import file as codec_file
-from aquakv.codec.model import build_tensor_codec
+from aquakv.codec.entropy import NUM_CLASSES
+from aquakv.codec.model import build_published_codec
+from aquakv.config import PRESETS
 from aquakv.errors import CodecFileError, CodecMismatchError, OutputError
 from aquakv.models.adapter import adapt
 from tiny_models import build, codec_for, same_bits
@@ -38,24 +40,28 @@ def _golden_codec():
             if index:
                 width = 4 * (1 + number)
                 weight = (torch.arange(width * 4).view(width, 4) / 8 - 1).to(torch.bfloat16)
-                predictor = AffinePredictor(weight, torch.arange(4) / 2)
-            codecs[kind] = build_tensor_codec(config, 4, index, mean, predictor)
-        layers.append(LayerCodec(codecs["keys"], codecs["values"], config.predictor.value_inputs))
+                predictor = AffinePredictor((weight,), torch.arange(4) / 2)
+            codecs[kind] = build_published_codec(config, 4, index, mean, predictor)
+        layers.append(LayerCodec(codecs["keys"], codecs["values"], config.predictor))
     record = {"data": [{"name": "made up"}], "seed": None, "tokens": 12, "layers": []}
     return ModelCodec(config, fingerprint, tuple(layers), record)
 
 
 GOLDEN_JSON = (
-    '{"calibration": {"data": [{"name": "made up"}], "layers": [], "seed": null, "tokens": 12}, "config": '
-    '{"allocation": {"bits": 3.0, "first_layer_bits": 4.0, "kind": "equal"}, "predictor": {"kind": "dense", '
-    '"ridge": 0.001, "value_inputs": ["keys", "previous_values"]}, "preset": "paper", "quantizer": '
-    '{"grid_dim": 2, "kind": "grid"}, "transform": {"kind": "hadamard", "max_group_size": 1024}, "window": '
-    '{"block_tokens": 8, "recent_window": 0, "sink_tokens": 2}}, "fingerprint": {"architecture": "llama", '
-    '"compressed_layers": [0, 2], '
-    '"head_dim": 4, "layer_hashes": ["00ff", "a1b2"], "num_kv_heads": 1, "num_layers": 3, "rotary": '
-    '{"rope_theta": 10000.0}}, "format": "aquakv-codec", "format_version": 1}'
+    '{"calibration": {"data": [{"name": "made up"}], "layers": [], "seed": null, "tokens": 12}, "config":'
+    ' {"allocation": {"bits": 3.0, "first_layer_bits": 4.0, "importance": "equal", "importance_exponent":'
+    ' 0.7, "kind": "equal", "widths": [1, 2, 3, 4, 5, 6, 7, 8]}, "guard": {"max_fraction": 0.01, '
+    '"threshold": null}, "predictor": {"first_layer_values": false, "history": 1, "key_inputs": '
+    '["previous_keys"], "key_rank": null, "kind": "linear", "ridge": 0.001, "value_inputs": ["keys", '
+    '"previous_values"], "value_rank": null}, "preset": "paper", "quantizer": {"arithmetic": true, '
+    '"grid_dim": 2, "kind": "grid", "rate_weight": 0.1}, "transform": {"key_scope": "all-heads", "kind": '
+    '"hadamard", "max_group_size": 1024, "metric_floor": 0.001, "shrinkage": 0.0, "value_scope": '
+    '"all-heads"}, "window": {"block_tokens": 8, "recent_window": 0, "sink_tokens": 2}}, "fingerprint": '
+    '{"architecture": "llama", "compressed_layers": [0, 2], "head_dim": 4, "layer_hashes": ["00ff", '
+    '"a1b2"], "num_kv_heads": 1, "num_layers": 3, "rotary": {"rope_theta": 10000.0}}, "format": '
+    '"aquakv-codec", "format_version": 2}'
 )
-GOLDEN_CHECKSUM = "63f0acc1b43cfb5c5f4333226136ad7289addc1f53a7a8c1773c251ecc97d13f"
+GOLDEN_CHECKSUM = "fb715d25fb6f9cae14c35b8345328e53bb903c15e35f433444ef99d94ed11f87"
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +71,20 @@ def golden(tmp_path_factory):
     return path
 
 
-def _contents(codec):
-    """Return all tensors that make up a codec, those that follow from its configuration included."""
-    found = []
+def _codes(codec):
+    """Code made-up tokens; return every code tensor, sealed ones too, and every reconstruction."""
+    generator = torch.Generator().manual_seed(5)
+    history, found = (), []
     for layer in codec.layers:
-        for part in (layer.keys, layer.values):
-            found += [part.mean, part.quantizer.grid.points]
-            found += [] if part.transform.matrix is None else [part.transform.matrix]
-            found += [] if part.predictor is None else [part.predictor.weight, part.predictor.bias]
+        rows = torch.randn(2, 128, layer.features, generator=generator)
+        keys, values = rows + torch.stack([layer.keys.mean, layer.values.mean])[:, None]
+        codes, hat = layer.encode(keys, values, history)
+        sealed = layer.seal(codes, 32)
+        found += [t for part in (*codes, *sealed) for t in (*part.code_tensors, *part.scale_tensors)]
+        found += [*hat, *layer.reconstruct(layer.unseal(sealed, 32), history)]
+        excess = layer.excess(keys, values, hat)
+        found += [] if excess is None else [excess]
+        history = layer.extend(history, hat)
     return found
 
 
@@ -130,8 +142,58 @@ def test_golden_bytes(golden):
     assert struct.unpack("<4f", first) == (2.0, 2.25, 2.5, 2.75)
 
 
+@pytest.fixture(scope="module", params=PRESETS)
+def fitted(request, tmp_path_factory):
+    """A codec file of each preset, made by calibration."""
+    path = tmp_path_factory.mktemp("fitted") / request.param
+    codec_for("llama", request.param).save(path)
+    return path
+
+
+def test_tensors_of_every_preset(fitted):
+    """All of `docs/format.md`: names, dtypes and shapes, n being the number of coefficients."""
+    d, tensors = 32, load_file(fitted)
+    linear = {"storage": (2, 3, 7), "decode": (1, 1, 1), "paper": (1, 1, 2), "higgs": (0, 1, 0)}
+    per_layer, history, _ = linear[fitted.name]
+    expected = {}
+    for layer in range(3):
+        for kind in ("keys", "values"):
+            at = f"layers.{layer}.{kind}."
+            expected[at + "mean"] = (torch.float32, [d])
+            width = d * per_layer * min(layer, history)
+            if kind == "values":
+                own = fitted.name != "higgs" and (layer > 0 or fitted.name in ("storage", "decode"))
+                width = d * own + (0 if fitted.name == "decode" else width)
+            if width:
+                expected[at + "predictor.bias"] = (torch.float32, [d])
+                if fitted.name == "decode" and kind == "keys":
+                    expected[at + "predictor.down"] = (torch.bfloat16, [width, d])
+                    expected[at + "predictor.up"] = (torch.bfloat16, [d, d])
+                else:
+                    expected[at + "predictor.weight"] = (torch.bfloat16, [width, d])
+            if fitted.name not in ("storage", "decode"):
+                continue
+            n = tensors[at + "deviations"].numel()
+            expected[at + "analysis"] = (torch.float32, [d, n])
+            expected[at + "synthesis"] = (torch.float32, [n, d])
+            expected[at + "deviations"] = (torch.float32, [n])
+            if fitted.name == "decode":
+                expected[at + "widths"] = (torch.uint8, [n])
+                expected[at + "guard.roots"] = (torch.float32, [2, 16, 16])
+                expected[at + "guard.limit"] = (torch.float32, [1])
+            else:
+                expected[at + "classes"] = (torch.uint8, [n])
+                expected[at + "step"] = expected[at + "rate_bits"] = (torch.float32, [1])
+    if fitted.name == "storage":
+        expected["entropy.frequencies"] = (torch.int32, [45, 255])
+        expected["entropy.points"] = (torch.float32, [45, 128])
+    assert {name: (t.dtype, list(t.shape)) for name, t in tensors.items()} == expected
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama-odd", "gemma3"])
-@pytest.mark.parametrize(("name", "bits"), [("paper", 2), ("higgs", 5)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("paper", 2), ("higgs", 5), ("storage", 1.25), ("decode", 2), ("decode", 0.6)]
+)
 def test_round_trip_is_bit_for_bit(tmp_path, kind, name, bits):
     codec, path = codec_for(kind, name, bits), tmp_path / "c.safetensors"
     codec.save(path)
@@ -139,8 +201,10 @@ def test_round_trip_is_bit_for_bit(tmp_path, kind, name, bits):
     assert loaded.config == codec.config
     assert loaded.fingerprint == codec.fingerprint
     assert loaded.calibration == codec.calibration
-    assert same_bits(_contents(loaded), _contents(codec))
     assert loaded.bits_per_value == codec.bits_per_value
+    mine = _codes(codec)
+    assert all(t.isfinite().all() for t in mine if t.dtype == torch.float32)
+    assert same_bits(_codes(loaded), mine)
     loaded.save(tmp_path / "again")
     # The header's entries may come in any order (safetensors keeps metadata in a hash table).
     assert same_bits(
@@ -333,10 +397,10 @@ def test_metadata_that_is_no_header(golden, tmp_path, text):
     _refused(_rewrite(golden, tmp_path / "bad", raw=text))
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, "1", None, [], 10**30, 1.5])
+@pytest.mark.parametrize("version", [0, 1, 3, -1, "2", None, [], 10**30, 1.5])
 def test_other_format_version(golden, tmp_path, version):
     path = _rewrite(golden, tmp_path / "bad", lambda h: h.update(format_version=version))
-    _refused(path, "version")
+    _refused(path, "version.*update aquakv or calibrate again")
 
 
 def _at(header, dotted):
@@ -388,7 +452,19 @@ def test_unknown_keys(golden, tmp_path, parent, name):
         ("calibration", []),
         ("config.preset", 3),
         ("config.predictor.kind", "magic\n"),
-        ("config.predictor.kind", ["dense"]),
+        ("config.predictor.kind", "dense"),
+        ("config.predictor.kind", ["linear"]),
+        ("config.predictor.kind", "mean"),
+        ("config.predictor.history", 0),
+        ("config.predictor.history", 9),
+        ("config.predictor.key_rank", 1),
+        ("config.predictor.first_layer_values", True),
+        ("config.transform.kind", "klt"),
+        ("config.allocation.kind", "water-filling"),
+        ("config.quantizer.kind", "entropy"),
+        ("config.quantizer.kind", "scalar"),
+        ("config.guard.threshold", 1.0),
+        ("config.guard.max_fraction", 0),
         ("config.predictor.value_inputs", []),
         ("config.predictor.value_inputs", ["keys", "keys"]),
         ("config.predictor.value_inputs", "keys"),
@@ -466,6 +542,134 @@ def test_missing_tensors(golden, tmp_path):
         path = _rewrite(golden, tmp_path / "bad", edit_tensors=lambda tensors, name=name: tensors.pop(name))
         _refused(path, f"{name} is missing")
     _refused(_rewrite(golden, tmp_path / "bad", edit_tensors=lambda tensors: tensors.clear()), "missing")
+
+
+# Rank and length wrong, and at both ends one too few and one too many.
+SHAPES = {
+    "rank": lambda t: t[None],
+    "short": lambda t: t[:-1],
+    "long": lambda t: torch.cat([t, t[:1]]),
+    "narrow": lambda t: t[..., :-1],
+    "wide": lambda t: torch.cat([t, t[..., :1]], -1),
+}
+
+
+def test_every_tensor_is_needed_as_it_is(fitted, tmp_path):
+    changes = {
+        **SHAPES,
+        "missing": None,
+        "double": lambda t: t.double(),
+        "int": lambda t: t.to(torch.int64),
+        "half": lambda t: t.half(),
+        "nan": lambda t: t.clone().index_fill_(-1, torch.tensor([0]), torch.nan),
+        "inf": lambda t: t.clone().index_fill_(-1, torch.tensor([t.shape[-1] - 1]), -torch.inf),
+    }
+    for name, tensor in load_file(fitted).items():
+        for what, change in changes.items():
+            if what in ("nan", "inf") and not tensor.is_floating_point():
+                continue
+
+            def edit(tensors, name=name, change=change):
+                found = tensors.pop(name)
+                if change is not None:
+                    tensors[name] = change(found).contiguous()
+
+            _refused(_rewrite(fitted, tmp_path / "bad", edit_tensors=edit), "tensor ")
+    _refused(_rewrite(fitted, tmp_path / "bad", edit_tensors=lambda tensors: tensors.clear()), "missing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "extra",
+        "layers.3.keys.mean",
+        "layers.0.keys.predictor.weight",
+        "layers.1.values.predictor.down",
+        "layers.0.keys.scales",
+        "entropy.extra",
+        "guard.limit",
+    ],
+)
+def test_every_preset_refuses_further_tensors(fitted, tmp_path, name):
+    path = _rewrite(fitted, tmp_path / "bad", edit_tensors=lambda t: t.update({name: torch.ones(1)}))
+    _refused(path, f"unexpected tensor '{name}'")
+
+
+def _flip(tensor, index, value):
+    changed = tensor.clone()
+    changed[index] = value
+    return changed
+
+
+def _move(frequencies):
+    """Make a frequency negative but leave the sum."""
+    row = frequencies[3]
+    lowest, highest = int(row.argmin()), int(row.argmax())
+    changed = _flip(frequencies, (3, lowest), -1)
+    changed[3, highest] += row[lowest] + 1
+    assert changed.sum() == frequencies.sum()
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "name", "change"),
+    [
+        ("storage", "entropy.frequencies", lambda t: _flip(t, (0, 127), t[0, 127] + 1)),
+        ("storage", "entropy.frequencies", lambda t: _flip(t, (44, 127), t[44, 127] - 1)),
+        ("storage", "entropy.frequencies", torch.zeros_like),
+        ("storage", "entropy.frequencies", _move),
+        ("storage", "layers.0.keys.classes", lambda t: _flip(t, 0, NUM_CLASSES)),
+        ("storage", "layers.2.values.classes", lambda t: _flip(t, -1, 255)),
+        ("storage", "layers.0.values.step", lambda t: 0 * t),
+        ("storage", "layers.0.values.step", lambda t: -t),
+        ("storage", "layers.1.values.rate_bits", lambda t: 0 * t),
+        ("storage", "layers.1.values.rate_bits", lambda t: -t),
+        ("storage", "layers.2.keys.deviations", lambda t: _flip(t, -1, 0)),
+        ("storage", "layers.2.keys.deviations", lambda t: _flip(t, 0, -1)),
+        ("decode", "layers.2.keys.deviations", lambda t: _flip(t, -1, 0)),
+        ("decode", "layers.2.keys.deviations", lambda t: _flip(t, 0, -1)),
+        ("decode", "layers.1.keys.guard.limit", lambda t: 0 * t),
+        ("decode", "layers.1.keys.guard.limit", lambda t: -t),
+        ("decode", "layers.0.keys.widths", lambda t: _flip(t, 0, 3)),
+        ("decode", "layers.0.keys.widths", lambda t: _flip(t, -1, 0)),
+        ("decode", "layers.0.keys.widths", lambda t: t.flip(0)),
+        ("decode", "layers.0.keys.widths", lambda t: _flip(t, 0, 2 * t[0] % 15)),
+    ],
+)
+def test_impossible_numbers(tmp_path, preset_name, name, change):
+    source = tmp_path / "good"
+    codec_for("llama", preset_name).save(source)
+    before = load_file(source)[name]
+    assert not torch.equal(change(before), before)
+    path = _rewrite(source, tmp_path / "bad", edit_tensors=lambda t: t.update({name: change(t[name])}))
+    _refused(path)
+
+
+def test_widths_that_the_configuration_does_not_have(tmp_path):
+    source = tmp_path / "good"
+    codec_for("llama", "decode").save(source)
+    used = set(load_file(source)["layers.1.values.widths"].tolist())
+    for width in used:
+        widths = [w for w in range(1, 9) if w != width]
+        path = _rewrite(
+            source, tmp_path / "bad", lambda h, w=widths: h["config"]["allocation"].update(widths=w)
+        )
+        _refused(path, "widths: expected only")
+
+
+@pytest.mark.parametrize("preset_name", ["storage", "decode"])
+def test_no_more_coefficients_than_features(tmp_path, preset_name):
+    source, at = tmp_path / "good", "layers.1.keys."
+    codec_for("llama", preset_name).save(source)
+
+    def widen(tensors):
+        tensors[at + "analysis"] = torch.ones(32, 40)
+        tensors[at + "synthesis"] = torch.ones(40, 32)
+        tensors[at + "deviations"] = torch.ones(40)
+        last = "widths" if preset_name == "decode" else "classes"
+        tensors[at + last] = torch.ones(40, dtype=torch.uint8)
+
+    _refused(_rewrite(source, tmp_path / "bad", edit_tensors=widen), "at most 32 coefficients, got 40")
 
 
 def test_a_small_file_cannot_make_huge_matrices(golden, tmp_path):

@@ -13,23 +13,40 @@ from transformers import DynamicCache
 
 from aquakv import AquaCache, WindowConfig, evaluate_quality
 from aquakv.codec import Reconstruction
+from aquakv.codec.guard import choose_outliers
+from aquakv.config import PRESETS
 from aquakv.errors import CacheStateError, CodecMismatchError, DataError, UnsupportedModelError
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import adapt
+from aquakv.models.rotary import unrotate
 from tiny_models import (
     SUPPORTED,
+    VARIANTS,
     WINDOW,
+    begins_with,
     build,
     codec_for,
     decisive_prompts,
     feed,
+    guarded_codec,
     random_tokens,
     row_codes,
     same_bits,
     shared,
+    variant,
 )
 
 F64 = torch.float64
+
+CLIPPED = pytest.mark.xfail(
+    strict=True, reason="storage: levels beyond 127 steps are cut off, so that more than 3 bits make it worse"
+)
+
+
+@pytest.fixture(params=VARIANTS)
+def each(request):
+    """Every preset's codec for the tiny Llama, and one with many outliers."""
+    return variant(request.param)
 
 
 def _pad_left(rows):
@@ -48,32 +65,51 @@ def _one_pass(model, codec, tokens, window=WINDOW):
         return model(tokens, past_key_values=cache, use_cache=True).logits
 
 
+def _tensors(value, seen=None):
+    """Walk all tensors that are reachable from a cache but belong neither to the model nor to the codec."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, (str, int, float, type, torch.dtype, torch.device)):
+        return []
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        parts = list(value)
+    else:
+        parts = [v for k, v in getattr(value, "__dict__", {}).items() if k not in ("codec", "_adapter")]
+    return [t for part in parts for t in _tensors(part, seen)]
+
+
 def _state(cache):
-    """Return everything that a cache holds, as a list of copies."""
-    found = [cache.layout.positions]
-    for layer in cache.layers:
-        if hasattr(layer, "pages"):
-            found += [t for chunk in layer.pages.chunks for part in chunk for t in part]
-            e = layer.exact
-            found += [] if e is None else [e.sink_keys, e.sink_values, e.tail_keys, e.tail_values]
-        else:
-            found += [layer.keys, layer.values]
-    return [t.clone() for t in found if t is not None]
+    """Return copies of everything that a cache holds."""
+    return [t.clone() for t in _tensors(cache)]
 
 
 # --- generation -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("kind", ["llama", "llama-odd"])
-def test_eight_bits_generate_what_the_exact_cache_does(kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "paper"),
+        ("llama-odd", "paper"),
+        ("llama", "decode"),
+        ("gemma3", "decode"),
+        pytest.param("llama", "storage", marks=CLIPPED),
+    ],
+)
+def test_eight_bits_generate_what_the_exact_cache_does(kind, name, dtype):
     prompts, expected = decisive_prompts(kind, 3)
+    codec = codec_for(kind, name, 8)
     for prompt, sequence in zip(prompts, expected, strict=True):
         model = shared(kind, dtype)
-        cache = AquaCache(model, codec_for(kind, bits=8))
+        cache = AquaCache(model, codec)
         out = model.generate(prompt[None], past_key_values=cache, max_new_tokens=32, do_sample=False)
         assert out[0].tolist() == sequence.tolist()
-        per_token = 2 * codec_for(kind).fingerprint.features * 3
+        per_token = 2 * codec.fingerprint.features * len(codec.layers)
         # The last token is never fed: 55 in the cache, 2 sinks, six whole blocks of 8.
         assert cache.footprint().coded_values == 48 * per_token
 
@@ -91,9 +127,35 @@ def test_eight_bits_move_logits_little_and_two_bits_much(model64, codec, codec8)
     assert fine[:, 10:].amax((0, 2)).min() > 1e-6
 
 
-def test_batch_with_left_padding_is_every_row_alone():
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "rising"),
+    [
+        ("paper", (2, 4, 8)),
+        ("higgs", (2, 4, 8)),
+        ("decode", (1.25, 2.5, 5, 8)),
+        ("storage", (0.6, 1.25, 2.5)),
+        pytest.param("storage", (2.5, 4, 8), marks=CLIPPED),
+    ],
+)
+def test_more_bits_diverge_less(kind, name, rising):
+    model, tokens = shared(kind, F64), random_tokens(4, 60, seed=5)
+    exact = model(tokens).logits.log_softmax(-1)
+    found = []
+    for bits in rising:
+        logits = feed(model, AquaCache(model, codec_for(kind, name, bits)), tokens, [20, 20, 20])
+        found.append(float((exact.exp() * (exact - logits.log_softmax(-1)))[:, 20:].sum(-1).mean()))
+    assert all(after < before for before, after in itertools.pairwise(found)), found
+    assert 0 < found[-1] < found[0] / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("paper", 8), ("decode", 8), ("decode", 2), ("storage", None), ("guarded", None)]
+)
+def test_batch_with_left_padding_is_every_row_alone(name, bits):
     kind = "llama-odd"
-    model, codec = shared(kind, F64), codec_for(kind, bits=8)
+    model = shared(kind, F64)
+    codec = guarded_codec(kind) if name == "guarded" else codec_for(kind, name, bits)
     prompts, _ = decisive_prompts(kind, 4)
     rows = [prompts[0], prompts[1, -21:], prompts[2, -12:], prompts[3, -1:]]
     tokens, mask = _pad_left(rows)
@@ -111,8 +173,8 @@ def test_batch_with_left_padding_is_every_row_alone():
 
 
 @pytest.mark.parametrize("sizes", [[1] * 45, [20, 25], [45], [3, 17, 1, 1, 23]])
-def test_padded_batch_gives_each_rows_logits(sizes):
-    model, codec = shared("llama", F64), codec_for("llama")
+def test_padded_batch_gives_each_rows_logits(model64, each, sizes):
+    model, codec = model64, each
     rows = [random_tokens(length, seed=length) for length in (45, 38, 23, 2)]
     tokens, mask = _pad_left(rows)
     logits = feed(model, AquaCache(model, codec), tokens, sizes, mask)
@@ -136,10 +198,11 @@ def test_beam_search_gives_the_exact_caches_result(model64, codec8):
     assert all(cache.layout.coded)
 
 
-def test_half_precision_generates_and_keeps_its_dtype(codec8):
+@pytest.mark.parametrize(("name", "bits"), [("paper", 8), ("decode", 8), ("storage", 3)])
+def test_half_precision_generates_and_keeps_its_dtype(name, bits):
     for dtype in (torch.bfloat16, torch.float16):
         model = build("llama", dtype=torch.bfloat16).to(dtype)  # as checkpoints come
-        cache = AquaCache(model, codec8)
+        cache = AquaCache(model, codec_for("llama", name, bits))
         tokens = random_tokens(2, 45, seed=2)
         logits = feed(model, cache, tokens, [20, 1, 24])
         assert logits.dtype == dtype
@@ -152,24 +215,41 @@ def test_half_precision_generates_and_keeps_its_dtype(codec8):
 # --- the two protocols ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "bits"), [("paper", 2), ("paper", 3), ("paper", 4), ("higgs", 2)])
-@pytest.mark.parametrize("kind", ["llama", "llama-odd"])
+_PUBLISHED = [("paper", 2), ("paper", 3), ("paper", 4), ("higgs", 2)]
+_FITTED = [("storage", None), ("storage", 3), ("decode", None), ("decode", 3.5), ("guarded", None)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "bits"),
+    [
+        *(("llama", *which) for which in _PUBLISHED + _FITTED),
+        *(("llama-odd", *which) for which in _PUBLISHED),
+        *((kind, name, None) for kind in ("gemma3", "qwen2") for name in ("storage", "decode", "guarded")),
+    ],
+)
 def test_streaming_equals_single_pass(kind, name, bits):
-    model, codec = shared(kind, F64), codec_for(kind, name, bits)
+    model = shared(kind, F64)
+    codec = guarded_codec(kind) if name == "guarded" else codec_for(kind, name, bits)
     tokens = random_tokens(2, 43, seed=7)
-    expected = _one_pass(model, codec, tokens)
+    with torch.no_grad(), single_pass(adapt(model), codec, WINDOW, 43) as once:
+        expected = model(tokens, past_key_values=once, use_cache=True).logits
     assert (expected - model(tokens).logits).abs().max() > 1e-3  # or there is nothing to compare
     blocks = [10, *[8] * 4, 1]  # ends where the cache compresses
     for sizes in ([1] * 43, blocks, [5, 5, 4, 4, 8, 3, 5, 8, 1]):
-        logits = feed(model, AquaCache(model, codec), tokens, sizes)
+        cache = AquaCache(model, codec)
+        logits = feed(model, cache, tokens, sizes)
         # The same float64 arithmetic in another order; wrong tokens or tables would show at 1e-3.
         torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
+        footprint = cache.footprint()
+        assert once.coded_bytes == footprint.coded_bytes - footprint.position_bytes
+        assert once.coded_values == footprint.coded_values
 
 
 @pytest.mark.parametrize(
     "window", [WindowConfig(0, 0, 8), WindowConfig(3, 5, 4), WindowConfig(1, 0, 1), WindowConfig(4, 16, 8)]
 )
-def test_streaming_equals_single_pass_for_any_window(model64, codec, window):
+def test_streaming_equals_single_pass_for_any_window(model64, each, window):
+    codec = each
     tokens = random_tokens(2, 37, seed=8)
     cache = AquaCache(model64, codec, window=window)
     logits = feed(model64, cache, tokens, [1] * 37)
@@ -179,7 +259,7 @@ def test_streaming_equals_single_pass_for_any_window(model64, codec, window):
 
 def test_evaluate_quality_agrees_between_protocols_and_batch_sizes(model64, codec):
     tokens = random_tokens(3, 43, seed=9)
-    codecs = {"paper": codec, "exact": None}
+    codecs = {"paper": codec, "guarded": guarded_codec(), "exact": None}
     stream = evaluate_quality(model64, tokens, codecs, protocol="streaming", batch_size=1)
     single = evaluate_quality(model64, tokens, codecs, protocol="single-pass", batch_size=3)
     logits = model64(tokens).logits[:, :-1]
@@ -202,6 +282,12 @@ def test_evaluate_quality_agrees_between_protocols_and_batch_sizes(model64, code
     bits = (4 + 2 + 2) / 3 + 16 / 32
     assert single["paper"].bits_per_value == pytest.approx(bits, abs=1e-12)
     assert stream["paper"].bits_per_value > bits
+    positions = stream["paper"].bits_per_value - bits
+    assert stream["guarded"].kl == pytest.approx(single["guarded"].kl, abs=1e-6)
+    assert stream["guarded"].bits_per_value == pytest.approx(single["guarded"].bits_per_value + positions)
+    # A quarter of the tokens is kept: 32 values of 64 bits and half an index of 32.
+    outliers = 0.25 * (64 + 16 / 32)
+    assert single["guarded"].bits_per_value == pytest.approx(guarded_codec().bits_per_value + outliers)
     for quality in (stream["exact"], single["exact"]):
         assert (quality.kl, quality.nll, quality.relative_increase) == (0, quality.exact_nll, 0)
         assert quality.bits_per_value is None
@@ -231,14 +317,16 @@ def test_single_pass_with_eager_attention_agrees_and_leaves_no_hooks(codec):
 
 
 def _encode_all(codec, keys, values, sizes):
-    """Encode layer after layer, in chunks; return all code tensors, joined."""
+    """Encode layer after layer, in chunks; return codes, reconstructions and the guard's verdicts, joined."""
     columns = None
     start = 0
     for size in sizes:
-        part, previous = [], None
-        for layer, k, v in zip(codec.layers, keys, values, strict=True):
-            encoded, previous = layer.encode(k[start : start + size], v[start : start + size], previous)
-            part += [t for pair in encoded for t in pair] + [previous.keys, previous.values]
+        part, history = [], ()
+        for layer, k, v in zip(codec.layers, keys[:, start:], values[:, start:], strict=True):
+            encoded, hat = layer.encode(k[:size], v[:size], history)
+            history = layer.extend(history, hat)
+            excess = layer.excess(k[:size], v[:size], hat)
+            part += [*(t for pair in encoded for t in pair), *hat, *([] if excess is None else [excess])]
         columns = (
             [[t] for t in part] if columns is None else [[*c, t] for c, t in zip(columns, part, strict=True)]
         )
@@ -246,11 +334,21 @@ def _encode_all(codec, keys, values, sizes):
     return [torch.cat(column) for column in columns]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 150), max_size=6),
     order=st.randoms(use_true_random=False),
-    which=st.sampled_from([("llama", "paper", 2), ("llama-odd", "paper", 3), ("llama-odd", "higgs", 5)]),
+    which=st.sampled_from(
+        [
+            ("llama", "paper", 2),
+            ("llama-odd", "paper", 3),
+            ("llama-odd", "higgs", 5),
+            ("llama", "storage", None),
+            ("llama-odd", "storage", 2.5),
+            ("llama", "decode", 3),
+            ("llama-odd", "decode", None),
+        ]
+    ),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, F64]),
 )
 def test_codes_do_not_depend_on_chunks_nor_on_batch_order(cuts, order, which, dtype):
@@ -268,9 +366,10 @@ def test_codes_do_not_depend_on_chunks_nor_on_batch_order(cuts, order, which, dt
     assert same_bits(permuted, [t[rows] for t in whole])
 
 
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129, 300])
-def test_codes_of_one_row_at_a_time_and_of_strided_input(tokens):
-    codec = codec_for("llama-odd")
+def test_codes_of_one_row_at_a_time_and_of_strided_input(name, tokens):
+    codec = codec_for("llama-odd", name)
     generator = torch.Generator().manual_seed(1)
     keys, values = (torch.randn(3, 300, 30, generator=generator) for _ in range(2))
     whole = _encode_all(codec, keys, values, [300])
@@ -285,8 +384,9 @@ def test_codes_of_one_row_at_a_time_and_of_strided_input(tokens):
         assert same_bits(_encode_all(codec, keys[:, :9], values[:, :9], [1] * 9), [t[:9] for t in whole])
 
 
-def test_codes_do_not_depend_on_threads():
-    codec = codec_for("llama-odd")
+@pytest.mark.parametrize("name", PRESETS)
+def test_codes_do_not_depend_on_threads(name):
+    codec = codec_for("llama-odd", name)
     keys, values = torch.randn(2, 3, 700, 30, generator=torch.Generator().manual_seed(2))
     one = _encode_all(codec, keys, values, [700])
     torch.set_num_threads(3)
@@ -296,35 +396,37 @@ def test_codes_do_not_depend_on_threads():
         torch.set_num_threads(1)
 
 
-def test_reconstruct_is_what_encode_returned(codec):
+def test_reconstruct_is_what_encode_returned(each):
     keys, values = torch.randn(2, 3, 40, 32, generator=torch.Generator().manual_seed(3))
-    previous = hat = None
-    for layer, k, v in zip(codec.layers, keys, values, strict=True):
-        encoded, previous = layer.encode(k, v, previous)
-        hat = layer.reconstruct(encoded, hat)
+    encoder = decoder = ()
+    for layer, k, v in zip(each.layers, keys, values, strict=True):
+        codes, expected = layer.encode(k, v, encoder)
+        kept = layer.unseal(layer.seal(codes, 8), 8)
+        assert same_bits([t for pair in kept for t in pair], [t for pair in codes for t in pair])
+        hat = layer.reconstruct(kept, decoder)
         # The same float32 sums, over other numbers of rows.
-        torch.testing.assert_close(hat.keys, previous.keys, atol=1e-5, rtol=0)
-        torch.testing.assert_close(hat.values, previous.values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(hat.keys, expected.keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(hat.values, expected.values, atol=1e-5, rtol=0)
+        encoder, decoder = layer.extend(encoder, expected), layer.extend(decoder, hat)
 
 
-def test_codes_of_a_sequence_do_not_depend_on_its_prefill_once_tokens_are_exact(model64, codec):
+def test_codes_of_a_sequence_do_not_depend_on_its_prefill_once_tokens_are_exact(model64, each):
     """One prefill, and that prefill followed by single tokens, code the first blocks alike."""
     tokens = random_tokens(1, 60, seed=4)
-    short, long = (AquaCache(model64, codec) for _ in range(2))
+    short, long = (AquaCache(model64, each) for _ in range(2))
     feed(model64, short, tokens[:, :30], [30])
     feed(model64, long, tokens, [30] + [1] * 30)
-    coded = short.layout.coded[0]
-    assert coded == 24
-    assert same_bits(row_codes(short, 0), [t[:coded] for t in row_codes(long, 0)])
+    assert (short.layout.coded, long.layout.coded) == ([24], [56])
+    assert begins_with(row_codes(long, 0), row_codes(short, 0))
 
 
 # --- what stays exact -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [WINDOW, WindowConfig(3, 6, 8), WindowConfig(0, 1, 5)])
-def test_sinks_and_tail_are_bitwise_what_the_exact_cache_holds(model, codec, window):
+def test_sinks_and_tail_are_bitwise_what_the_exact_cache_holds(model, each, window):
     tokens = random_tokens(3, 41, seed=6)
-    exact, cache = DynamicCache(config=model.config), AquaCache(model, codec, window=window)
+    exact, cache = DynamicCache(config=model.config), AquaCache(model, each, window=window)
     expected = feed(model, exact, tokens, [41])
     logits = feed(model, cache, tokens, [41])
     # Nothing was coded before this call, so its attention saw exact keys only, also of what it compressed.
@@ -394,26 +496,26 @@ def test_lengths_and_mask_sizes(model, codec):
     assert not cache.is_croppable
 
 
-def test_reset_makes_the_cache_new(model, codec):
+def test_reset_makes_the_cache_new(model, each):
     tokens = random_tokens(2, 40, seed=3)
-    cache = AquaCache(model, codec)
+    cache = AquaCache(model, each)
     feed(model, cache, random_tokens(3, 37, seed=4), [20, 17])
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.footprint().total_bytes == 0
     assert cache.footprint().bits_per_value is None
-    new = AquaCache(model, codec)
+    new = AquaCache(model, each)
     assert torch.equal(feed(model, cache, tokens, [33, 7]), feed(model, new, tokens, [33, 7]))
     assert same_bits(_state(cache), _state(new))
 
 
-def test_deepcopy_is_independent(model, codec):
+def test_deepcopy_is_independent(model, each):
     tokens = random_tokens(2, 60, seed=3)
-    cache = AquaCache(model, codec)
+    cache = AquaCache(model, each)
     feed(model, cache, tokens[:, :35], [35])
     before = _state(cache)
     other = copy.deepcopy(cache)
-    assert other.codec is codec
+    assert other.codec is each
     assert same_bits(_state(other), before)
     assert not {t.data_ptr() for t in _tensors(other)} & {t.data_ptr() for t in _tensors(cache)}
     theirs = feed(model, other, tokens[:, 35:], [25])
@@ -423,9 +525,9 @@ def test_deepcopy_is_independent(model, codec):
 
 
 @pytest.mark.parametrize("removed", [1, 5, 7])
-def test_crop_inside_the_exact_tail_undoes_tokens(model64, codec, removed):
+def test_crop_inside_the_exact_tail_undoes_tokens(model64, each, removed):
     tokens = random_tokens(2, 60, seed=3)
-    cache, never = AquaCache(model64, codec), AquaCache(model64, codec)
+    cache, never = AquaCache(model64, each), AquaCache(model64, each)
     feed(model64, cache, tokens[:, : 41 - removed], [41 - removed])
     feed(model64, cache, random_tokens(2, removed, seed=9), [removed])
     assert cache.layout.columns == 41
@@ -462,10 +564,10 @@ def test_crop_to_a_length_to_nothing_and_by_nothing(model64, codec):
     assert torch.equal(feed(model, whole, tokens, [20]), feed(model, AquaCache(model, codec), tokens, [20]))
 
 
-def test_crop_of_a_padded_batch(model64, codec):
+def test_crop_of_a_padded_batch(model64, each):
     rows = [random_tokens(length, seed=length) for length in (30, 22, 5)]
     tokens, mask = _pad_left(rows)
-    cache, never = AquaCache(model64, codec), AquaCache(model64, codec)
+    cache, never = AquaCache(model64, each), AquaCache(model64, each)
     feed(model64, cache, tokens, [28, 2], mask)
     # Rows have coded 24, 16 and 0 tokens; their exact tails are 4, 4 and 3 long.
     cache.crop(-2)
@@ -473,8 +575,8 @@ def test_crop_of_a_padded_batch(model64, codec):
     assert same_bits(_state(cache), _state(never))
 
 
-def test_crop_beyond_the_tail_is_refused_and_changes_nothing(model, codec):
-    cache = AquaCache(model, codec)
+def test_crop_beyond_the_tail_is_refused_and_changes_nothing(model, each):
+    cache = AquaCache(model, each)
     feed(model, cache, random_tokens(2, 41), [41])
     before, layout = _state(cache), copy.deepcopy(cache.layout)
     for tokens in (-8, -20, -41, -100, 5):
@@ -497,11 +599,11 @@ def test_crop_of_a_hybrid_model_changes_all_or_nothing():
 
 @pytest.mark.parametrize("rows", [[0], [2, 0], [1, 1, 2, 0, 1], [2, 2, 2]])
 @pytest.mark.parametrize("operation", ["batch_select_indices", "reorder_cache"])
-def test_selecting_rows_is_a_run_of_these_rows(model64, codec, rows, operation):
+def test_selecting_rows_is_a_run_of_these_rows(model64, each, rows, operation):
     lengths = (44, 29, 12)
     tokens, mask = _pad_left([random_tokens(n, seed=n) for n in lengths])
     later = random_tokens(3, 12, seed=77)
-    cache, fresh = AquaCache(model64, codec), AquaCache(model64, codec)
+    cache, fresh = AquaCache(model64, each), AquaCache(model64, each)
     feed(model64, cache, tokens, [30, 14], mask)
     getattr(cache, operation)(torch.tensor(rows))
     feed(model64, fresh, tokens[rows], [30, 14], mask[rows])
@@ -525,9 +627,9 @@ def test_selecting_rows_is_a_run_of_these_rows(model64, codec, rows, operation):
     assert cache.footprint().code_bytes == fresh.footprint().code_bytes
 
 
-def test_repeat_interleave(model64, codec):
+def test_repeat_interleave(model64, each):
     tokens = random_tokens(2, 41, seed=1)
-    cache, fresh = AquaCache(model64, codec), AquaCache(model64, codec)
+    cache, fresh = AquaCache(model64, each), AquaCache(model64, each)
     cache.batch_repeat_interleave(3)  # nothing to repeat yet
     feed(model64, cache, tokens, [41])
     cache.batch_repeat_interleave(3)
@@ -540,9 +642,9 @@ def test_repeat_interleave(model64, codec):
     )
 
 
-def test_selecting_rows_takes_what_tensors_take(model, codec):
+def test_selecting_rows_takes_what_tensors_take(model, each):
     """transformers' own layers index their tensors: negative rows and masks mean what they mean there."""
-    caches = [AquaCache(model, codec) for _ in range(3)]
+    caches = [AquaCache(model, each) for _ in range(3)]
     for cache in caches:
         feed(model, cache, random_tokens(3, 41, seed=1), [41])
     caches[0].batch_select_indices(torch.tensor([2, 0]))
@@ -574,30 +676,173 @@ def test_another_batch_size_is_refused(model, codec):
     assert same_bits(_state(cache_again), before)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), name=st.sampled_from(VARIANTS), kind=st.sampled_from(["llama", "gemma3"]))
+def test_any_history_of_a_cache_is_a_fresh_run(data, name, kind):
+    """Appends, choices of rows and crops, in any order: as if it had been fed what is left of them."""
+    model, codec = shared(kind, F64), variant(name, kind)
+    cache = AquaCache(model, codec)
+    pads = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=3), label="padding")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), label="seed"))
+    tokens, sizes = torch.empty(len(pads), 0, dtype=torch.long), []
+
+    def mask(columns):
+        return torch.stack([(torch.arange(columns) >= pad).long() for pad in pads])
+
+    def append(size):
+        nonlocal tokens
+        new = torch.randint(1, 40, (len(pads), size), generator=generator)
+        tokens = torch.cat([tokens, new], 1)
+        sizes.append(size)
+        full = mask(tokens.shape[1])
+        positions = (full.cumsum(1) - 1).clamp(min=0)[:, -size:]
+        with torch.no_grad():
+            return model(new, attention_mask=full, position_ids=positions, past_key_values=cache).logits
+
+    append(data.draw(st.integers(1, 30), label="prefill"))
+    for operation in data.draw(st.lists(st.sampled_from(["append", "select", "crop"]), max_size=5)):
+        if operation == "append":
+            append(data.draw(st.integers(1, 14), label="appended"))
+        elif operation == "select":
+            rows = data.draw(st.lists(st.integers(0, len(pads) - 1), min_size=1, max_size=3), label="rows")
+            cache.batch_select_indices(rows)
+            tokens, pads = tokens[rows], [pads[row] for row in rows]
+        else:
+            removed = min(data.draw(st.integers(1, 9), label="removed"), tokens.shape[1])
+            left = tokens.shape[1] - removed
+            ends = [start + WINDOW.block_tokens for _, start in cache.layout.pages]
+            if any(end > left for end in ends) or (kind == "gemma3" and tokens.shape[1] >= 7):
+                with pytest.raises(CacheStateError):
+                    cache.crop(-removed)
+                continue
+            cache.crop(-removed)
+            tokens = tokens[:, :left]
+            while sum(sizes) > left:
+                sizes[-1] -= min(sizes[-1], sum(sizes) - left)
+                sizes = [size for size in sizes if size]
+    logits, fresh = append(5), AquaCache(model, codec)
+    expected = feed(model, fresh, tokens, sizes, mask(tokens.shape[1]))
+    # Another order of the same float64 arithmetic.
+    torch.testing.assert_close(logits, expected[:, -5:], atol=1e-9, rtol=0)
+    assert (cache.layout.starts, cache.layout.coded) == (fresh.layout.starts, fresh.layout.coded)
+    for row in range(len(pads)):
+        assert same_bits(row_codes(cache, row), row_codes(fresh, row))
+
+
+# --- the guard: compressed tokens that stay exact -----------------------------------------------------------
+
+
+def _spied(model, cache, tokens):
+    """Feed tokens; return what attention sees at every layer: keys and values."""
+    seen, update = [], cache.update
+
+    def spy(*args, **kwargs):
+        seen.append(update(*args, **kwargs))
+        return seen[-1]
+
+    cache.update = spy
+    feed(model, cache, tokens, [tokens.shape[1]])
+    del cache.update
+    return seen
+
+
+def _furthest_off(model, codec, exact, most):
+    """Return for each layer the columns furthest off, naively: the heads' weighted errors block by block."""
+    adapter, found, history = adapt(model), [], ()
+    positions = torch.arange(2, 42)
+    for index, (layer, held) in enumerate(zip(codec.layers, exact.layers, strict=True)):
+        tables = adapter.rotary_tables(positions, index, held.keys.dtype, torch.device("cpu"))
+        keys = unrotate(held.keys[0, :, 2:42].transpose(0, 1), tables).flatten(1)
+        values = held.values[0, :, 2:42].transpose(0, 1).flatten(1)
+        _, hat = layer.encode(keys, values, history)
+        history = layer.extend(history, hat)
+        shares = []
+        for part, vectors, approximate in ((layer.keys, keys, hat.keys), (layer.values, values, hat.values)):
+            error = (vectors.double() - part.mean - approximate).view(40, 2, 16)
+            weighted = torch.einsum("thi,hij->thj", error, part.guard.roots.double())
+            shares.append(weighted.square().sum((1, 2)) / part.guard.limit)
+        worst = torch.maximum(*shares).view(5, 8).topk(most).indices + 8 * torch.arange(5)[:, None]
+        found.append(sorted((worst.flatten() + 2).tolist()))
+    return found
+
+
+@pytest.mark.parametrize(("fraction", "most"), [(0.25, 2), (0.01, 1), (0.49, 3), (1.0, 8)])
+def test_the_guard_keeps_the_tokens_that_are_furthest_off(fraction, most):
+    model, codec = shared("llama"), guarded_codec(fraction=fraction)
+    tokens = random_tokens(1, 43, seed=11)
+    exact, cache = DynamicCache(config=model.config), AquaCache(model, codec)
+    feed(model, exact, tokens[:, :42], [42])
+    feed(model, cache, tokens[:, :42], [42])
+    expected = _furthest_off(model, codec, exact, most)
+    assert len({tuple(columns) for columns in expected}) == 3 or most == 8, "every layer chooses for itself"
+    seen = _spied(model, cache, tokens[:, 42:])
+    for layer, columns, (keys, values), theirs in zip(
+        cache.layers, expected, seen, exact.layers, strict=True
+    ):
+        outliers = layer.pages.all().outliers
+        assert (outliers.index + 2).tolist() == columns
+        coded = [column for column in range(2, 42) if column not in columns]
+        for ours, full in ((keys, theirs.keys), (values, theirs.values)):
+            assert torch.equal(ours[:, :, columns], full[:, :, columns])
+            assert (ours[:, :, coded] != full[:, :, coded]).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_outliers_are_counted(dtype):
+    model, codec = shared("llama", dtype), guarded_codec()
+    cache, without = AquaCache(model, codec), AquaCache(model, guarded_codec(limit=1e30))
+    for one in (cache, without):
+        feed(model, one, random_tokens(2, 43), [20, 23])
+    footprint, less = cache.footprint(), without.footprint()
+    # Two tokens of each of 5 blocks, 2 rows, 3 layers; int32 index.
+    assert footprint.outlier_bytes == 60 * (4 + 2 * 32 * dtype.itemsize)
+    assert less.outlier_bytes == 0
+    assert all(chunk.outliers is None for layer in without.layers for chunk in layer.pages.chunks)
+    extra = 8 * footprint.outlier_bytes / footprint.coded_values
+    assert footprint.bits_per_value == pytest.approx(less.bits_per_value + extra)
+    assert footprint.total_bytes == less.total_bytes + footprint.outlier_bytes
+    assert "outliers 0.0" in str(footprint)
+
+
+@pytest.mark.parametrize("name", ["paper", "higgs", "storage"])
+def test_without_a_guard_there_are_no_outliers(model, name):
+    cache = AquaCache(model, codec_for("llama", name))
+    feed(model, cache, random_tokens(2, 43), [20, 23])
+    assert cache.footprint().outlier_bytes == 0
+    assert all(chunk.outliers is None for layer in cache.layers for chunk in layer.pages.chunks)
+
+
+def test_the_guard_compares_with_its_limit(model64):
+    """Half-way between two tokens' errors the limit keeps those above only, whatever the cap allows."""
+    codec = guarded_codec(limit=1.0, fraction=1.0)
+    tokens = random_tokens(1, 42, seed=11)
+    kept = []
+    for limit in (0.05, 0.5, 5.0):
+        cache = AquaCache(model64, guarded_codec(limit=limit, fraction=1.0))
+        feed(model64, cache, tokens, [42])
+        found = [layer.pages.all().outliers for layer in cache.layers]
+        kept.append([set() if one is None else set(one.index.tolist()) for one in found])
+    for fewer, more in zip(kept[1:], kept, strict=False):
+        assert all(a <= b for a, b in zip(fewer, more, strict=True))
+        assert sum(map(len, fewer)) < sum(map(len, more))
+    exact, history = DynamicCache(config=model64.config), ()
+    feed(model64, exact, tokens, [42])
+    layer, held = codec.layers[0], exact.layers[0]
+    tables = adapt(model64).rotary_tables(torch.arange(2, 42), 0, F64, torch.device("cpu"))
+    keys = unrotate(held.keys[0, :, 2:42].transpose(0, 1), tables).flatten(1)
+    values = held.values[0, :, 2:42].transpose(0, 1).flatten(1)
+    excess = layer.excess(keys, values, layer.encode(keys, values, history)[1])
+    for found, limit in zip(kept, (0.05, 0.5, 5.0), strict=True):
+        assert found[0] == set((excess > limit).nonzero().flatten().tolist())
+
+
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-def _tensors(value, seen=None):
-    """Walk all tensors that are reachable from a cache but belong neither to the model nor to the codec."""
-    seen = set() if seen is None else seen
-    if id(value) in seen or isinstance(value, (str, int, float, type, torch.dtype, torch.device)):
-        return []
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
-        parts = list(value)
-    else:
-        parts = [v for k, v in getattr(value, "__dict__", {}).items() if k not in ("codec", "_adapter")]
-    return [t for part in parts for t in _tensors(part, seen)]
-
-
 @pytest.mark.parametrize("sizes", [[43], [1] * 43, [10, 30, 1, 1, 1]])
-def test_footprint_is_everything_that_is_held(model, codec, sizes):
+def test_footprint_is_everything_that_is_held(model, each, sizes):
     rows, mask = _pad_left([random_tokens(n, seed=n) for n in (43, 30, 9)])
-    cache = AquaCache(model, codec)
+    cache = AquaCache(model, each)
     for i in range(len(sizes)):
         end = sum(sizes[: i + 1])
         part = mask[:, :end]
@@ -613,12 +858,6 @@ def test_footprint_is_everything_that_is_held(model, codec, sizes):
         assert sum(storages.values()) == footprint.total_bytes
     coded = sum(cache.layout.coded)
     assert coded == 40 + 24 + 0
-    assert footprint.code_bytes + footprint.scale_bytes == coded * sum(
-        x.bytes_per_token for x in codec.layers
-    )
-    # d = 32: 4 bits in the first layer, 2 in the others, keys and values; one fp16 scale each.
-    assert footprint.code_bytes == coded * 2 * (16 + 8 + 8)
-    assert footprint.scale_bytes == coded * 2 * 3 * 2
     assert footprint.position_bytes == 4 * 3 * 43
     assert footprint.sink_bytes == 3 * 2 * 2 * 32 * 4 * 3
     # The third row (starting at column 34) has nothing coded: its tail begins behind its sinks, at column 36.
@@ -629,32 +868,69 @@ def test_footprint_is_everything_that_is_held(model, codec, sizes):
     assert footprint.to_dict()["bits_per_value"] == 8 * footprint.coded_bytes / footprint.coded_values
 
 
-def test_codes_are_append_only(model, codec):
-    cache, snapshots = AquaCache(model, codec), []
+@pytest.mark.parametrize("name", ["paper", "higgs", "decode", "guarded"])
+def test_fixed_rate_codes_take_what_was_predicted(model, name):
+    codec, cache = variant(name), AquaCache(model, variant(name))
+    feed(model, cache, random_tokens(2, 43), [20, 23])
+    footprint = cache.footprint()
+    assert footprint.coded_values == 80 * 2 * 32 * 3
+    stored = footprint.code_bytes + footprint.scale_bytes
+    assert stored == codec.bits_per_value * footprint.coded_values / 8
+    if name == "paper":
+        # d = 32: 4 bits in the first layer, 2 in the others, keys and values; one fp16 scale each.
+        assert footprint.code_bytes == 80 * 2 * (16 + 8 + 8)
+        assert footprint.scale_bytes == 80 * 2 * 3 * 2
+    elif name != "higgs":
+        assert footprint.scale_bytes == 80 * 2 * 3  # one byte
+
+
+def test_entropy_coded_pages_take_the_sum_of_their_streams(model):
+    codec = codec_for("llama", "storage")
+    cache = AquaCache(model, codec)
+    feed(model, cache, random_tokens(2, 43), [20, 23])
+    footprint = cache.footprint()
+    words = states = 0
+    for layer, layer_codec in zip(cache.layers, codec.layers, strict=True):
+        chunk = layer.pages.all()
+        rows = layer_codec.unseal(chunk.encoded, 8)
+        for page in range(10):
+            # Every page is decodable, and coded, by itself.
+            alone = layer_codec.seal(type(rows)(*(kind.select(torch.tensor([page]), 8) for kind in rows)), 8)
+            kept = [kind.select(torch.tensor([page]), 8) for kind in chunk.encoded]
+            assert same_bits([t for kind in alone for t in kind], [t for kind in kept for t in kind])
+            words += sum(kind.words.numel() for kind in alone)
+            states += sum(kind.states.numel() for kind in alone)
+    assert states == 3 * 2 * 10 * 2  # a lane for four tokens
+    assert footprint.code_bytes == 2 * words + 4 * 3 * 2 * 10
+    assert footprint.scale_bytes == 4 * states
+
+
+def test_codes_are_append_only(model, each):
+    cache, snapshots = AquaCache(model, each), []
     tokens = random_tokens(2, 90, seed=2)
     for i in range(90):
         feed(model, cache, tokens[:, i : i + 1], [1])
         snapshots.append([row_codes(cache, row) for row in range(2)])
-    for snapshot in snapshots:
-        for row in range(2):
-            now = row_codes(cache, row)
-            held = snapshot[row][0].shape[0] if snapshot[row] else 0
-            assert same_bits(snapshot[row], [t[:held] for t in now] if held else [])
-    assert snapshots[-1][0][0].shape[0] == 88
+    assert cache.layout.coded == [88, 88]
+    now = [row_codes(cache, row) for row in range(2)]
+    assert not any(codes for snapshot in snapshots[:9] for codes in snapshot)
+    for snapshot in snapshots[9:]:
+        assert all(begins_with(now[row], snapshot[row]) for row in range(2))
     # Merged like a binary counter, so that a long cache does not become a long list of small tensors.
     assert len(cache.layers[0].pages.chunks) <= 4
 
 
-def test_pages_of_many_blocks_are_merged_and_keep_their_order(model, codec):
-    window = WindowConfig(0, 0, 1)
+@pytest.mark.parametrize("name", ["paper", "storage", "guarded"])
+def test_pages_of_many_blocks_are_merged_and_keep_their_order(model, name):
+    codec, window = variant(name), WindowConfig(0, 0, 1)
     cache = AquaCache(model, codec, window=window)
     tokens = random_tokens(1, 140, seed=2)
     feed(model, cache, tokens, [1] * 140)
     other = AquaCache(model, codec, window=window)
     feed(model, other, tokens[:, :90], [1] * 90)
     # Two full chunks of 64 pages and the binary digits of the remaining 12.
-    assert [c.keys.words.shape[0] for c in cache.layers[0].pages.chunks] == [64, 64, 8, 4]
-    assert same_bits(row_codes(other, 0), [t[:90] for t in row_codes(cache, 0)])
+    assert [chunk.pages for chunk in cache.layers[0].pages.chunks] == [64, 64, 8, 4]
+    assert begins_with(row_codes(cache, 0), row_codes(other, 0))
 
 
 # --- hooks and misuse -------------------------------------------------------------------------------------
@@ -843,30 +1119,39 @@ def test_another_dtype_than_before_is_refused(codec):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_not_hidden(codec, bad):
-    keys, values = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
-    clean = codec.layers[1].encode(keys, values, Reconstruction(keys, values))
+def test_numbers_that_are_not_finite_are_not_hidden(each, bad):
+    keys, values = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
+    history = (Reconstruction(torch.randn(24, 32), torch.randn(24, 32)),)
+    layer = each.layers[1]
+    clean, clean_hat = layer.encode(keys, values, history)
     keys[7, 3] = bad
-    previous = Reconstruction(torch.randn(20, 32), torch.randn(20, 32))
-    encoded, hat = codec.layers[1].encode(keys, values, previous)
-    again = codec.layers[1].reconstruct(encoded, previous)
-    others = [i for i in range(20) if i != 7]
+    codes, hat = layer.encode(keys, values, history)
+    again = layer.reconstruct(layer.unseal(layer.seal(codes, 8), 8), history)
+    others = [i for i in range(24) if i != 7]
     for result in (hat, again):
-        # The whole group (here all 32) was mixed with the bad coordinate; values are predicted from the keys.
+        # The whole group (here all 32) was mixed with the bad coordinate.
         assert not result.keys[7].isfinite().any()
-        assert not result.values[7].isfinite().any()
-        assert result.keys[others].isfinite().all()
-        assert result.values[others].isfinite().all()
-    assert clean[1].keys.isfinite().all()
+        reads_keys = layer.values.predictor is not None
+        assert result.values[7].isfinite().any() != reads_keys
+    for ours, theirs in zip(
+        (codes.keys, codes.values, hat), (clean.keys, clean.values, clean_hat), strict=True
+    ):
+        assert same_bits([t[others] for t in ours], [t[others] for t in theirs])
+    assert again.keys[others].isfinite().all()
+    assert again.values[others].isfinite().all()
+    excess = layer.excess(keys, values, hat)
+    if excess is not None:
+        assert 7 not in choose_outliers(excess, 8, 2)
+        assert excess[others].isfinite().all()
 
 
-def test_not_a_number_in_the_model_reaches_the_logits_through_codes(codec):
+def test_not_a_number_in_the_model_reaches_the_logits_through_codes(each):
     model = build("llama", dtype=F64)
     tokens = random_tokens(1, 30, seed=1)
     tokens[tokens == 7] = 8
     tokens[0, 5] = 7
     model.model.embed_tokens.weight[7] = math.nan
-    cache = AquaCache(model, codec)
+    cache = AquaCache(model, each)
     feed(model, cache, tokens, [30])
     assert cache.layout.coded == [24]
     assert feed(model, cache, tokens[:, :1], [1]).isnan().all()
@@ -875,11 +1160,11 @@ def test_not_a_number_in_the_model_reaches_the_logits_through_codes(codec):
 # --- settings ---------------------------------------------------------------------------------------------
 
 
-def test_codec_from_a_file_gives_the_same(model, codec, tmp_path):
+def test_codec_from_a_file_gives_the_same(model, each, tmp_path):
     path = tmp_path / "codec.safetensors"
-    codec.save(path)
+    each.save(path)
     tokens = random_tokens(2, 43)
-    a, b, c = (AquaCache(model, which) for which in (codec, path, str(path)))
+    a, b, c = (AquaCache(model, which) for which in (each, path, str(path)))
     expected = feed(model, a, tokens, [20, 23])
     assert torch.equal(feed(model, b, tokens, [20, 23]), expected)
     assert torch.equal(feed(model, c, tokens, [20, 23]), expected)

@@ -1,10 +1,12 @@
+import functools
 import math
 
 import pytest
 import torch
 
-from aquakv.codec import AffinePredictor, EncodedVectors
-from aquakv.codec.allocation import allocate
+from aquakv.codec import AffinePredictor, EncodedVectors, LinearTransform, OutlierGuard
+from aquakv.codec.allocation import equal_widths
+from aquakv.codec.guard import choose_outliers
 from aquakv.codec.quantizer import MAX_SCALE, build_quantizer
 from aquakv.codec.transform import build_transform, largest_group
 from aquakv.config import AllocationConfig, QuantizerConfig, TransformConfig
@@ -84,8 +86,8 @@ def test_transform_refuses_other_shapes():
 
 def test_allocation():
     config = AllocationConfig(bits=3)
-    assert allocate(config, 5, is_first_layer=True) == (4,) * 5
-    assert allocate(config, 5, is_first_layer=False) == (3,) * 5
+    assert equal_widths(config, 5, is_first_layer=True) == (4,) * 5
+    assert equal_widths(config, 5, is_first_layer=False) == (3,) * 5
 
 
 # --- quantiser --------------------------------------------------------------------------------------------
@@ -215,25 +217,104 @@ def test_quantizer_refuses_what_it_cannot_do():
 # --- predictor --------------------------------------------------------------------------------------------
 
 
-def test_predictor_is_an_affine_map_of_its_inputs_in_order():
-    weight, bias = _random(50, 30).to(torch.bfloat16), _random(30, seed=1)
-    predictor = AffinePredictor(weight, bias)
+@pytest.mark.parametrize("rank", [None, 6])
+def test_predictor_is_an_affine_map_of_its_inputs_in_order(rank):
+    shapes = [(50, 30)] if rank is None else [(50, rank), (rank, 30)]
+    factors = tuple(_random(*shape, seed=4 + i).to(torch.bfloat16) for i, shape in enumerate(shapes))
+    bias = _random(30, seed=1)
+    predictor = AffinePredictor(factors, bias)
+    weight = functools.reduce(torch.matmul, [factor.double() for factor in factors])
     a, b = _random(7, 30, seed=2), _random(7, 20, seed=3)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-4)):
         got = predictor.predict((a.to(dtype), b.to(dtype)))
-        expected = torch.cat([a, b], 1).double() @ weight.double() + bias.double()
+        expected = torch.cat([a, b], 1).double() @ weight + bias.double()
         assert got.dtype == dtype
-        # Sums of 50 products of order one.
+        # Sums of 50 products of order one, then of 6 of order seven.
         torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=0)
-    assert predictor.in_features == 50
+    assert (predictor.in_features, predictor.rank) == (50, rank)
     assert predictor.predict((a[:0], b[:0])).shape == (0, 30)
 
 
-def test_predictor_refuses_wrong_shapes():
-    with pytest.raises(ShapeError, match="weight"):
-        AffinePredictor(torch.zeros(4, 3), torch.zeros(4))
-    with pytest.raises(ShapeError, match="weight"):
-        AffinePredictor(torch.zeros(4), torch.zeros(4))
-    predictor = AffinePredictor(torch.zeros(5, 3), torch.zeros(3))
-    with pytest.raises(ShapeError, match="expected inputs of 5 features in all, got"):
-        predictor.predict((torch.zeros(2, 3), torch.zeros(2, 3)))
+def test_latent_is_what_the_second_factor_reads():
+    down, up = _random(50, 6).to(torch.bfloat16), _random(6, 30, seed=1).to(torch.bfloat16)
+    predictor = AffinePredictor((down, up), _random(30, seed=2))
+    a, b = _random(7, 30, seed=3).double(), _random(7, 20, seed=4).double()
+    latent = predictor.latent((a, b))
+    torch.testing.assert_close(latent, torch.cat([a, b], 1) @ down.double(), atol=1e-12, rtol=0)
+    expected = latent @ up.double() + predictor.bias.double()
+    torch.testing.assert_close(predictor.predict((a, b)), expected, atol=1e-12, rtol=0)
+    with pytest.raises(ShapeError, match="no latent"):
+        AffinePredictor((down,), torch.zeros(6)).latent((a, b))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "bias"),
+    [
+        ([(4, 3)], (4,)),
+        ([(4,)], (4,)),
+        ([(4, 3)], (3, 1)),
+        ([], (3,)),
+        ([(4, 2), (3, 5)], (5,)),
+        ([(4, 2), (2, 5)], (2,)),
+        ([(4, 2), (2, 2), (2, 5)], (5,)),
+    ],
+)
+def test_predictor_refuses_factors_that_do_not_chain(shapes, bias):
+    with pytest.raises(ShapeError, match="factors"):
+        AffinePredictor(tuple(torch.zeros(shape) for shape in shapes), torch.zeros(bias))
+
+
+def test_predictor_refuses_wrong_inputs():
+    for factors in ((torch.zeros(5, 3),), (torch.zeros(5, 2), torch.zeros(2, 3))):
+        with pytest.raises(ShapeError, match="expected inputs of 5 features in all, got"):
+            AffinePredictor(factors, torch.zeros(3)).predict((torch.zeros(2, 3), torch.zeros(2, 3)))
+
+
+# --- fitted transform -------------------------------------------------------------------------------------
+
+
+def test_linear_transform_keeps_some_coefficients():
+    analysis = _random(12, 12)
+    synthesis = torch.linalg.inv(analysis)
+    x, base = _random(9, 12, seed=1), _random(9, 12, seed=2)
+    whole = LinearTransform(analysis, synthesis)
+    part = LinearTransform(analysis[:, :5], synthesis[:5])
+    assert (whole.coefficients, part.coefficients) == (12, 5)
+    # float32, and a random matrix of condition some 100
+    torch.testing.assert_close(whole.inverse(whole.forward(x)), x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(part.forward(x), whole.forward(x)[:, :5], atol=1e-5, rtol=0)
+    z = part.forward(x)
+    torch.testing.assert_close(part.inverse_add(z, base), base + z @ synthesis[:5], atol=1e-5, rtol=0)
+    torch.testing.assert_close(part.inverse(z), z @ synthesis[:5], atol=1e-5, rtol=0)
+    none = LinearTransform(analysis[:, :0], synthesis[:0])
+    assert torch.equal(none.inverse_add(none.forward(x), base), base)
+    with pytest.raises(ShapeError, match="12"):
+        whole.forward(torch.zeros(3, 11))
+    with pytest.raises(ShapeError, match="transform"):
+        LinearTransform(analysis[:, :5], synthesis)
+
+
+# --- outlier guard ----------------------------------------------------------------------------------------
+
+
+def test_guard_measures_in_its_own_norm():
+    roots = _random(3, 4, 4)
+    guard = OutlierGuard(roots, torch.tensor([2.5]))
+    error = _random(8, 12, seed=1)
+    whole = torch.block_diag(*(root.double() @ root.double().T for root in roots))
+    expected = torch.einsum("ti,ij,tj->t", error.double(), whole, error.double())
+    torch.testing.assert_close(guard.weighted_error(error).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(guard.excess(error).double(), expected / 2.5, rtol=1e-5, atol=1e-5)
+    for shape, limit in (((3, 4, 5), (1,)), ((4, 4), (1,)), ((3, 4, 4), ())):
+        with pytest.raises(ShapeError, match="guard"):
+            OutlierGuard(torch.zeros(shape), torch.zeros(limit))
+
+
+def test_outliers_are_the_furthest_of_each_block():
+    excess = torch.tensor([0.5, 3.0, 2.0, 2.0, math.nan, 1.0, 0.0, 9.0, math.inf, 5.0, 1e30, 1.5])
+    # Ties go to the earlier token; exactly at the limit is no outlier, not-a-number neither.
+    assert choose_outliers(excess, 4, 2).tolist() == [1, 2, 7, 8, 10]
+    assert choose_outliers(excess, 4, 9).tolist() == [1, 2, 3, 7, 8, 9, 10, 11]
+    assert choose_outliers(excess, 12, 1).tolist() == [8]
+    assert choose_outliers(excess[:0], 4, 2).tolist() == []
+    assert choose_outliers(torch.ones(8), 4, 2).dtype == torch.int64

@@ -4,6 +4,6 @@ from aquakv.cache.aqua_cache import AquaCache
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.storage import CodedPages, ExactTokens
+from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
 
-__all__ = ["AquaCache", "AquaLayer", "CodedPages", "ExactTokens", "Footprint", "TokenLayout"]
+__all__ = ["AquaCache", "AquaLayer", "CodedPages", "ExactTokens", "Footprint", "Outliers", "TokenLayout"]

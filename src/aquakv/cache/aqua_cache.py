@@ -169,7 +169,7 @@ class AquaCache(Cache):
         rows, _, new_columns, _ = key_states.shape
         before = self.layout.columns
         self.layout.append(new_columns, self._positions, self._mask, rows)
-        self._step = CacheStep(self._adapter, self.layout, before)
+        self._step = CacheStep(self._adapter, self.layout, self.codec.config.guard, before)
 
     # --- the rest of the protocol -------------------------------------------------------------------------
 
@@ -235,13 +235,13 @@ class AquaCache(Cache):
 
     def footprint(self) -> Footprint:
         """Return the bytes that the cache holds, by part, from its tensors' storages."""
-        words = scales = sinks = tail = other = itemsize = 0
+        words = scales = outliers = sinks = tail = other = itemsize = 0
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):
                 other += storage_bytes(layer.keys, layer.values)
                 continue
-            layer_words, layer_scales = layer.pages.footprint()
-            words, scales = words + layer_words, scales + layer_scales
+            layer_words, layer_scales, layer_outliers = layer.pages.footprint()
+            words, scales, outliers = words + layer_words, scales + layer_scales, outliers + layer_outliers
             if layer.exact is not None:
                 layer_sinks, layer_tail = layer.exact.footprint()
                 sinks, tail = sinks + layer_sinks, tail + layer_tail
@@ -251,6 +251,7 @@ class AquaCache(Cache):
         return Footprint(
             code_bytes=words,
             scale_bytes=scales,
+            outlier_bytes=outliers,
             position_bytes=storage_bytes(self.layout.positions),
             sink_bytes=sinks,
             tail_bytes=tail,

@@ -13,7 +13,10 @@ class Footprint:
     Attributes
     ----------
     code_bytes, scale_bytes
-        Packed codes and scales of the compressed tokens, all layers.
+        Codes and scales of the compressed tokens, all layers.
+    outlier_bytes
+        Compressed tokens that are kept exactly beside their codes, with their indices; counted with the
+        compressed region.
     position_bytes
         Position ids of all tokens; counted with the compressed region.
     sink_bytes, tail_bytes
@@ -30,6 +33,7 @@ class Footprint:
 
     code_bytes: int
     scale_bytes: int
+    outlier_bytes: int
     position_bytes: int
     sink_bytes: int
     tail_bytes: int
@@ -41,7 +45,7 @@ class Footprint:
     @property
     def coded_bytes(self) -> int:
         """Bytes of the compressed region."""
-        return self.code_bytes + self.scale_bytes + self.position_bytes
+        return self.code_bytes + self.scale_bytes + self.outlier_bytes + self.position_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -71,6 +75,7 @@ class Footprint:
         exact_tokens = self.sink_bytes + self.tail_bytes
         return (
             f"{self.total_bytes / 2**20:.2f} MiB (codes {self.code_bytes / 2**20:.2f}, scales "
-            f"{self.scale_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}; "
+            f"{self.scale_bytes / 2**20:.2f}, outliers {self.outlier_bytes / 2**20:.2f}, exact tokens "
+            f"{exact_tokens / 2**20:.2f}; "
             f"{bits}); an exact cache holds {self.exact_cache_bytes / 2**20:.2f} MiB"
         )

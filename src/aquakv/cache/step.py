@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.storage import CodedPages, ExactTokens
-from aquakv.codec import LayerCodec, Reconstruction
+from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
+from aquakv.codec import History, LayerCodec
+from aquakv.codec.guard import choose_outliers
+from aquakv.config import GuardConfig
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.rotary import RotaryTables, rotate, unrotate
 
 
 @dataclass
 class _Blocks:
-    """Blocks of tokens that all layers treat alike in one pass, and the layer before's view of them.
+    """Blocks of tokens that all layers treat alike in one pass, and the layers before's view of them.
 
     Attributes
     ----------
@@ -25,13 +27,13 @@ class _Blocks:
         Where the tokens are.
     pages
         ``(row, first_column)`` of each block, in storage order.
-    hat
-        The tokens' reconstruction at the layer before; None at the first compressed layer.
+    hats
+        The tokens' reconstructions at the layers before, as far as predictors reach back.
     """
 
     layout: TokenLayout
     pages: list[tuple[int, int]]
-    hat: Reconstruction | None = None
+    hats: History = ()
     _index: dict[torch.device, Tensor] = field(default_factory=dict)
     _tables: dict[torch.device, RotaryTables] = field(default_factory=dict)
 
@@ -46,9 +48,9 @@ class _Blocks:
         first = self.pages[0][1]
         return slice(first, first + len(self.pages) * self.layout.window.block_tokens)
 
-    def previous(self, device: torch.device) -> Reconstruction | None:
-        """Return the reconstruction at the layer before, on a device."""
-        return None if self.hat is None else Reconstruction(*(tensor.to(device) for tensor in self.hat))
+    def history(self, device: torch.device) -> History:
+        """Return the reconstructions at the layers before, on a device."""
+        return tuple(hat.to(device) for hat in self.hats)
 
     def index(self, device: torch.device) -> Tensor:
         """Return the tokens' flat indices, see `TokenLayout.page_columns`."""
@@ -89,12 +91,17 @@ class CacheStep:
         The model.
     layout
         The cache's tokens, those of this pass included.
+    guard
+        How many outliers a block may have.
     columns_before
         Columns held before this pass.
     """
 
-    def __init__(self, adapter: ModelAdapter, layout: TokenLayout, columns_before: int) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, layout: TokenLayout, guard: GuardConfig, columns_before: int
+    ) -> None:
         self.next_layer = 0
+        self._guard = guard
         self._adapter = adapter
         self._layout = layout
         self._columns_before = columns_before
@@ -129,23 +136,37 @@ class CacheStep:
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
     ) -> None:
         """Write the older tokens, as their codes give them, to their columns."""
-        previous = self._coded.previous(keys.device)
-        hat = codec.reconstruct(pages.all(), previous, reconstruction_dtype(keys))
+        chunk = pages.all()
+        codes = codec.unseal(chunk.encoded, pages.block_tokens)
+        history = self._coded.history(keys.device)
+        hat = codec.reconstruct(codes, history, reconstruction_dtype(keys))
         tables = self._coded.tables(self._adapter, layer_idx, keys)
         key_hat = (hat.keys + codec.keys.mean).view(-1, *keys.shape[2:])
         self._coded.place(keys, rotate(key_hat, tables))
         self._coded.place(values, hat.values + codec.values.mean)
-        self._coded.hat = hat
+        if chunk.outliers is not None:
+            columns = self._coded.index(keys.device).index_select(0, chunk.outliers.index)
+            keys.view(-1, *keys.shape[2:]).index_copy_(0, columns, chunk.outliers.keys)
+            values.view(-1, *values.shape[2:]).index_copy_(0, columns, chunk.outliers.values)
+        self._coded.hats = codec.extend(history, hat)
 
     def _compress(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
     ) -> None:
         """Encode the blocks that are due; this pass still attends to their exact values."""
         tables = self._due.tables(self._adapter, layer_idx, keys)
-        key_block = unrotate(self._due.gather(keys), tables).flatten(1)
-        value_block = self._due.gather(values).flatten(1)
-        encoded, self._due.hat = codec.encode(key_block, value_block, self._due.previous(keys.device))
-        pages.append(encoded)
+        exact_keys, exact_values = self._due.gather(keys), self._due.gather(values)
+        key_block, value_block = unrotate(exact_keys, tables).flatten(1), exact_values.flatten(1)
+        history = self._due.history(keys.device)
+        codes, hat = codec.encode(key_block, value_block, history)
+        excess = codec.excess(key_block, value_block, hat)
+        outliers = None
+        if excess is not None:
+            chosen = choose_outliers(excess, pages.block_tokens, self._guard.most(pages.block_tokens))
+            if len(chosen):
+                outliers = Outliers(chosen.to(torch.int32), exact_keys[chosen], exact_values[chosen])
+        pages.append(codec.seal(codes, pages.block_tokens), len(self._due.pages), outliers)
+        self._due.hats = codec.extend(history, hat)
 
     def _assemble(self, sinks: Tensor, tail: Tensor, new: Tensor) -> Tensor:
         """Lay out all columns ``[rows, columns, heads, head_dim]``, compressed ones not yet written."""

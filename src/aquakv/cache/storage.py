@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from aquakv.codec import EncodedTokens, EncodedVectors
+from aquakv.codec import EncodedTokens
+from aquakv.codec.encoded import concatenate
 
 #: Neighbouring chunks of equal size are merged up to this many pages, so that a layer holds few tensors and
 #: merging never needs much memory beside them.
@@ -23,58 +23,121 @@ def storage_bytes(*tensors: Tensor | None) -> int:
     return sum(storages.values())
 
 
+@dataclass(frozen=True)
+class Outliers:
+    """Compressed tokens of one layer that attention sees exactly nevertheless.
+
+    Attributes
+    ----------
+    index
+        ``[n]`` int32, rising: which token of the chunk.
+    keys, values
+        ``[n, num_kv_heads, head_dim]`` in the model's dtype, keys after rotary embedding.
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def join(cls, parts: list[Outliers | None], first_tokens: list[int]) -> Outliers | None:
+        """Join the outliers of chunks that begin at the given tokens of the joint one."""
+        present = [(part, first) for part, first in zip(parts, first_tokens, strict=True) if part is not None]
+        if not present:
+            return None
+        return cls(
+            torch.cat([part.index + first for part, first in present]),
+            torch.cat([part.keys for part, _ in present]),
+            torch.cat([part.values for part, _ in present]),
+        )
+
+    def select(self, pages: Tensor, block_tokens: int) -> Outliers | None:
+        """Return the outliers of pages, in the given order, or None if there are none."""
+        own_page = (self.index // block_tokens).cpu()
+        new_page, which = (pages.cpu()[:, None] == own_page[None]).nonzero(as_tuple=True)
+        if not len(which):
+            return None
+        which = which.to(self.index.device)
+        index = self.index[which] % block_tokens + new_page.to(self.index) * block_tokens
+        return Outliers(index, self.keys[which], self.values[which])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Codes of some pages of one layer, as they are kept."""
+
+    pages: int
+    encoded: EncodedTokens
+    outliers: Outliers | None = None
+
+
 @dataclass
 class CodedPages:
     """Codes of one layer, append-only, in pages of ``block_tokens`` tokens.
 
     The pages live in a short list of chunks, each with exactly the tensors that the codes need and no spare
-    capacity: ``words`` ``[pages * block_tokens, words_per_token]`` int32 and ``scales``
-    ``[pages * block_tokens, groups]`` float16, for keys and for values.
+    capacity.
     """
 
     block_tokens: int
-    chunks: list[EncodedTokens] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
         """Tokens held."""
-        return sum(chunk.keys.words.shape[0] for chunk in self.chunks)
+        return sum(chunk.pages for chunk in self.chunks) * self.block_tokens
 
-    def append(self, encoded: EncodedTokens) -> None:
+    def append(self, encoded: EncodedTokens, pages: int, outliers: Outliers | None = None) -> None:
         """Add the codes of whole pages."""
-        self.chunks.append(_map(lambda tensor: tensor.clone(), encoded))
+        owned = EncodedTokens(encoded.keys.clone(), encoded.values.clone())
+        self.chunks.append(Chunk(pages, owned, outliers))
         while len(self.chunks) > 1 and self._should_merge():
             last, before = self.chunks.pop(), self.chunks.pop()
-            self.chunks.append(_concatenate([before, last]))
+            self.chunks.append(self._join([before, last]))
 
     def _should_merge(self) -> bool:
-        before, last = (chunk.keys.words.shape[0] for chunk in self.chunks[-2:])
-        return before <= last and before + last <= MAX_CHUNK_PAGES * self.block_tokens
+        before, last = (chunk.pages for chunk in self.chunks[-2:])
+        return before <= last and before + last <= MAX_CHUNK_PAGES
+
+    def _join(self, chunks: list[Chunk]) -> Chunk:
+        starts = [0]
+        for chunk in chunks:
+            starts.append(starts[-1] + chunk.pages * self.block_tokens)
+        encoded = EncodedTokens(
+            concatenate([chunk.encoded.keys for chunk in chunks]),
+            concatenate([chunk.encoded.values for chunk in chunks]),
+        )
+        outliers = Outliers.join([chunk.outliers for chunk in chunks], starts[:-1])
+        return Chunk(sum(chunk.pages for chunk in chunks), encoded, outliers)
 
     def select(self, pages: Tensor) -> None:
         """Keep copies of the given pages, in the given order (int64 indices, repeats allowed)."""
         if not self.chunks:
             return
-        tokens = (
-            pages[:, None] * self.block_tokens + torch.arange(self.block_tokens, device=pages.device)
-        ).flatten()
         whole = self.all()
-        size = MAX_CHUNK_PAGES * self.block_tokens
         self.chunks = [
-            _map(lambda tensor, part=part: tensor.index_select(0, part.to(tensor.device)), whole)
-            for part in tokens.split(size)
+            Chunk(
+                len(part),
+                EncodedTokens(*(kind.select(part, self.block_tokens) for kind in whole.encoded)),
+                None if whole.outliers is None else whole.outliers.select(part, self.block_tokens),
+            )
+            for part in pages.split(MAX_CHUNK_PAGES)
             if len(part)
         ]
 
-    def all(self) -> EncodedTokens:
-        """Return all codes as one block, in storage order."""
-        return self.chunks[0] if len(self.chunks) == 1 else _concatenate(self.chunks)
+    def all(self) -> Chunk:
+        """Return all codes as one chunk, in storage order."""
+        return self.chunks[0] if len(self.chunks) == 1 else self._join(self.chunks)
 
-    def footprint(self) -> tuple[int, int]:
-        """Return the bytes of words and of scales."""
-        words = [t for chunk in self.chunks for t in (chunk.keys.words, chunk.values.words)]
-        scales = [t for chunk in self.chunks for t in (chunk.keys.scales, chunk.values.scales)]
-        return storage_bytes(*words), storage_bytes(*scales)
+    def footprint(self) -> tuple[int, int, int]:
+        """Return the bytes of codes, of scales and of outliers."""
+        kinds = [kind for chunk in self.chunks for kind in chunk.encoded]
+        outliers = [chunk.outliers for chunk in self.chunks if chunk.outliers is not None]
+        return (
+            storage_bytes(*(tensor for kind in kinds for tensor in kind.code_tensors)),
+            storage_bytes(*(tensor for kind in kinds for tensor in kind.scale_tensors)),
+            storage_bytes(*(tensor for o in outliers for tensor in (o.index, o.keys, o.values))),
+        )
 
 
 @dataclass
@@ -118,14 +181,3 @@ class ExactTokens:
         """Return the bytes of sinks and of the tail."""
         sinks = storage_bytes(self.sink_keys, self.sink_values)
         return sinks, storage_bytes(self.tail_keys, self.tail_values)
-
-
-def _map(function: Callable[[Tensor], Tensor], encoded: EncodedTokens) -> EncodedTokens:
-    return EncodedTokens(*(EncodedVectors(*(function(t) for t in part)) for part in encoded))
-
-
-def _concatenate(chunks: list[EncodedTokens]) -> EncodedTokens:
-    def join(kind: int, part: int) -> Tensor:
-        return torch.cat([chunk[kind][part] for chunk in chunks])
-
-    return EncodedTokens(*(EncodedVectors(join(kind, 0), join(kind, 1)) for kind in range(2)))

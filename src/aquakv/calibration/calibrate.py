@@ -14,12 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aquakv._version import __version__
-from aquakv.calibration.fit import Batches, CodecFit, Split
-from aquakv.calibration.walk import LayerWalk
+from aquakv.calibration.fit import CodecFit, Split
+from aquakv.calibration.observe import Observer
+from aquakv.calibration.plan import Plan
+from aquakv.calibration.planner import TRIALS, Planner, fit_observation, needs_weights
 from aquakv.codec import ModelCodec
+from aquakv.codec.model import predictor_widths
 from aquakv.config import CodecConfig
 from aquakv.errors import ConfigError, DataError
 from aquakv.models.adapter import ModelAdapter, adapt
+
+#: Keys and values of all layers that are held at once to plan the allocation; beyond, a part must do.
+MOST_OBSERVED_BYTES = 6 << 30
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def calibrate_many(
     """Calibrate several codecs in one pass over the model (arXiv:2501.19392 §3).
 
     At any time the exact keys and values of one layer are held, and for each codec the reconstructions of
-    that layer and the one before.
+    that layer and those before that its predictors read. Codecs that allocate bits over the whole model are
+    planned first, on as many sequences as `MOST_OBSERVED_BYTES` of keys and values allow.
 
     Parameters
     ----------
@@ -120,33 +127,29 @@ def calibrate_many(
         _check_enough(name, config, adapter.features, fitted)
     started = time.perf_counter()
     waiting = torch.device("cpu") if activation_device == "cpu" else model.device
-    num_layers, batches = adapter.compressed_layers[-1] + 1, -(-sequences // batch_size)
-    sweeps = CodecFit.SWEEPS * len(configs) * len(adapter.compressed_layers)
-    done, layer_idx = 0, 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(CalibrationProgress(done, batches * (num_layers + sweeps), layer_idx, num_layers))
-
-    walk = LayerWalk(adapter, tokens, batch_size, waiting)
-    split = Split.of([hidden.shape[0] for hidden in walk.hidden], held_out)
+    observed = _observed_sequences(adapter, tokens, configs)
+    ticker = _Ticker.of(adapter, sequences, batch_size, observed, configs, progress)
+    observer = Observer(adapter, batch_size, waiting, ticker, weights=observed > 0)
     fingerprint = adapter.fingerprint()
+    plans: dict[str, Plan] = {}
+    harm: list[dict[str, float]] | None = None
+    stream = observer.walk(tokens)
+    if observed:
+        observations = list(observer.walk(tokens[:observed]))
+        planner = Planner(adapter, tokens, observations, max(1, observed * held_out // sequences), ticker)
+        adaptive = {n: c for n, c in configs.items() if c.allocation.kind == "water-filling"}
+        plans, harm = planner.plan(adaptive)
+        if observed == sequences:
+            stream = iter(observations)
+    split = Split.of([len(batch) for batch in tokens.split(batch_size)], held_out)
     fits = {
-        name: CodecFit(config, fingerprint, split, model.device, tick) for name, config in configs.items()
+        name: CodecFit(config, fingerprint, split, model.device, ticker, plans.get(name, Plan()))
+        for name, config in configs.items()
     }
-    for layer_idx in range(num_layers):
-        keys: dict[int, Batches] = {fit.config.window.sink_tokens: [] for fit in fits.values()}
-        values: dict[int, Batches] = {sinks: [] for sinks in keys}
-        for key_batch, value_batch in walk.advance(layer_idx, tick):
-            for sinks in keys:
-                keys[sinks].append(key_batch[:, sinks:].to(waiting))
-                values[sinks].append(value_batch[:, sinks:].to(waiting))
-        if layer_idx in adapter.compressed_layers:
-            for fit in fits.values():
-                sinks = fit.config.window.sink_tokens
-                fit.fit_layer(keys[sinks], values[sinks])
+    for order, observation in enumerate(stream):
+        ticker.layer = observation.layer
+        for fit in fits.values():
+            fit_observation(fit, observation, None if harm is None else harm[order])
     shared = {
         **(record or {}),
         "sequences": sequences,
@@ -159,6 +162,52 @@ def calibrate_many(
         "versions": library_versions(),
     }
     return {name: fit.finish(shared) for name, fit in fits.items()}
+
+
+@dataclass
+class _Ticker:
+    """Counts batches over all walks and sweeps."""
+
+    total: int
+    num_layers: int
+    report: Callable[[CalibrationProgress], None] | None
+    done: int = 0
+    layer: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        adapter: ModelAdapter,
+        sequences: int,
+        batch_size: int,
+        observed: int,
+        configs: Mapping[str, CodecConfig],
+        report: Callable[[CalibrationProgress], None] | None,
+    ) -> _Ticker:
+        """Foresee how many ticks a calibration takes."""
+        num_layers = adapter.compressed_layers[-1] + 1
+        batches, few = -(-sequences // batch_size), -(-observed // batch_size)
+        sweeps = CodecFit.SWEEPS * len(adapter.compressed_layers)
+        planned = sum(config.allocation.kind == "water-filling" for config in configs.values())
+        total = few * (num_layers + planned * TRIALS * sweeps) + batches * len(configs) * sweeps
+        if observed < sequences:
+            total += batches * num_layers
+        return cls(total, num_layers, report)
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.report is not None:
+            self.report(CalibrationProgress(self.done, self.total, self.layer, self.num_layers))
+
+
+def _observed_sequences(adapter: ModelAdapter, tokens: Tensor, configs: Mapping[str, CodecConfig]) -> int:
+    """Return of how many sequences the keys and values of all layers are held at once, to plan with."""
+    if not any(needs_weights(config) for config in configs.values()):
+        return 0
+    sequences, seq_len = tokens.shape
+    itemsize = adapter.model.dtype.itemsize
+    size = 2 * adapter.features * len(adapter.compressed_layers) * seq_len * itemsize
+    return max(min(2, sequences), min(sequences, MOST_OBSERVED_BYTES // size))
 
 
 def library_versions() -> dict[str, str]:
@@ -182,7 +231,7 @@ def _check_tokens(tokens: Tensor, adapter: ModelAdapter) -> tuple[int, int]:
 
 
 def _check_enough(name: str, config: CodecConfig, features: int, tokens: int) -> None:
-    needed = features * len(config.predictor.value_inputs) if config.predictor.kind == "dense" else 1
+    needed = max(1, *predictor_widths(config, features, config.predictor.history).values())
     if tokens < needed:
         raise DataError(
             f"{name or config.preset}: expected at least {needed} calibration tokens beside held-out ones "

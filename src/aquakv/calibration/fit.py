@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aquakv.codec import AffinePredictor, LayerCodec, ModelCodec, ModelFingerprint, TensorCodec
-from aquakv.codec.model import build_tensor_codec, predictor_widths
+from aquakv.calibration.history import InputMoments
+from aquakv.calibration.metrics import Metric
+from aquakv.calibration.plan import (
+    SMALLEST_RATIO,
+    Plan,
+    Spectrum,
+    entropy_plan,
+    first_model,
+    fixed_rate_plan,
+    level_options,
+)
+from aquakv.calibration.sensitivity import ProbeErrors, relative_power
+from aquakv.calibration.walk import Batches
+from aquakv.codec import (
+    AffinePredictor,
+    EncodedVectors,
+    EntropyQuantizer,
+    LayerCodec,
+    LinearTransform,
+    ModelCodec,
+    ModelFingerprint,
+    OutlierGuard,
+    ScalarQuantizer,
+    TensorCodec,
+)
+from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, EntropyModel, LevelStatistics, spread_class
+from aquakv.codec.model import KINDS, build_published_codec
+from aquakv.codec.scalar import SCALES
 from aquakv.config import CodecConfig
-from aquakv.numerics import StreamingMoments, ridge
+from aquakv.numerics import (
+    StreamingMoments,
+    fill_bytes,
+    reduce_rank,
+    ridge,
+    shrink_covariance,
+    weighted_klt,
+    widths_at,
+)
 
-Batches = list[Tensor]
+#: Least standard deviation of a coefficient: constant ones must not divide by zero.
+_LEAST_DEVIATION = 1e-12
 
 
 @dataclass(frozen=True)
@@ -58,6 +93,17 @@ class _HeldOut:
 
 
 @dataclass
+class _Sweep:
+    """What one sweep over the batches learns beside the reconstructions."""
+
+    error: _HeldOut = field(default_factory=_HeldOut)
+    weighted_error: float = 0.0
+    fitted_tokens: int = 0
+    code_bits: float = 0.0
+    held_out_tokens: int = 0
+
+
+@dataclass
 class CodecFit:
     """A codec in the making.
 
@@ -71,8 +117,15 @@ class CodecFit:
         Where the arithmetic runs.
     on_batch
         Called after each batch of each sweep (progress).
+    plan
+        The water level, if it is known. Without one, every layer's keys and values get the same mean bits,
+        and `next_plan` tells the level afterwards.
+    probe
+        Sequences, and tokens of each, on which errors are kept for `measure_harm`; (0, 0) for none.
     layers, record
         The finished layers, and their held-out figures.
+    probe_errors
+        Errors on the probe, layer by layer.
     """
 
     config: CodecConfig
@@ -80,14 +133,31 @@ class CodecFit:
     split: Split
     device: torch.device
     on_batch: Callable[[], None]
+    plan: Plan = field(default_factory=Plan)
+    probe: tuple[int, int] = (0, 0)
+    probe_errors: list[ProbeErrors] = field(default_factory=list)
     layers: list[LayerCodec] = field(default_factory=list)
     record: list[dict[str, Any]] = field(default_factory=list)
-    _previous: dict[str, Batches] = field(default_factory=dict)
+    _spectra: list[Spectrum] = field(default_factory=list)
+    _hats: dict[str, Batches] = field(default_factory=dict)
 
     #: Sweeps over the batches that `fit_layer` makes, for whoever counts progress.
-    SWEEPS = 4
+    SWEEPS = 2
 
-    def fit_layer(self, keys: Batches, values: Batches) -> None:
+    def __post_init__(self) -> None:
+        self._inputs = InputMoments(self.split.fitted, self.device)
+        self._statistics = LevelStatistics.empty(self.device)
+        self._model: EntropyModel | None = None
+        if self.config.quantizer.kind == "entropy":
+            self._model = (self.plan.model or first_model(self.config.quantizer)).to(self.device)
+
+    def fit_layer(
+        self,
+        keys: Batches,
+        values: Batches,
+        metrics: Mapping[str, Metric] | None = None,
+        importance: Mapping[str, float] | None = None,
+    ) -> None:
         """Fit the next layer.
 
         Parameters
@@ -95,26 +165,57 @@ class CodecFit:
         keys, values
             Batches ``[sequences, tokens, num_kv_heads * head_dim]`` without the sink tokens, in any float
             dtype, on any device; keys before rotary embedding.
+        metrics
+            What attention feels of errors in keys and in values; needed for the KLT and the guard.
+        importance
+            Harm of errors in keys and in values relative to other layers; equal if None.
         """
         index = len(self.layers)
-        widths = predictor_widths(self.config, self.fingerprint.features, index)
-        key_inputs = [self._previous["keys"]] if widths["keys"] else []
-        key_codec, key_hat, key_figures = self._fit_tensor(index, keys, key_inputs)
-        available = {"keys": key_hat, "previous_values": self._previous.get("values", [])}
-        chosen = self.config.predictor.value_inputs if widths["values"] else ()
-        value_inputs = [available[name] for name in chosen]
-        value_codec, value_hat, value_figures = self._fit_tensor(index, values, value_inputs)
-        self._previous = {"keys": key_hat, "values": value_hat}
-        layer = LayerCodec(key_codec, value_codec, self.config.predictor.value_inputs)
+        codecs: dict[str, TensorCodec] = {}
+        probed = ProbeErrors({}, {})
+        figures: dict[str, dict[str, float]] = {}
+        for kind, targets in zip(KINDS, (keys, values), strict=True):
+            names = self._source_names(index, kind)
+            weight = 1.0 if importance is None else importance[kind]
+            metric = None if metrics is None else metrics[kind]
+            codecs[kind], hats, figures[kind] = self._fit_tensor(index, kind, targets, names, metric, weight)
+            if self.probe[0] and metric is not None:
+                self._keep_errors(probed, kind, targets, hats, codecs[kind].mean, metric)
+            if self.config.predictor.kind == "linear":
+                self._hats[f"{index}.{kind}"] = hats
+                if self._is_read(kind):
+                    self._inputs.add(f"{index}.{kind}", hats)
+        self._forget(index)
+        self.probe_errors.append(probed)
+        layer = LayerCodec(codecs["keys"], codecs["values"], self.config.predictor)
         self.layers.append(layer)
         self.record.append(
             {
                 "layer": self.fingerprint.compressed_layers[index],
                 "bits_per_value": 8 * layer.bytes_per_token / (2 * layer.features),
-                "keys": key_figures,
-                "values": value_figures,
+                "key_bits": 8 * layer.keys.quantizer.bytes_per_token / layer.features,
+                "value_bits": 8 * layer.values.quantizer.bytes_per_token / layer.features,
+                "importance": dict.fromkeys(KINDS, 1.0) if importance is None else dict(importance),
+                **figures,
             }
         )
+
+    def next_plan(self) -> Plan:
+        """Return the water level that the layers fitted so far call for."""
+        if self.config.quantizer.kind == "entropy":
+            model = EntropyModel.fit(self._statistics)
+            return entropy_plan(self._spectra, model, self.config.allocation.bits)
+        return fixed_rate_plan(self._spectra, self.config.allocation, self.config.quantizer)
+
+    def weigh(self, importance: Sequence[Mapping[str, float] | None] | None) -> None:
+        """Weigh the spectra of layers that were fitted without knowing their importance."""
+        if importance is None:
+            return
+        weights = [1.0 if layer is None else layer[kind] for layer in importance for kind in KINDS]
+        self._spectra = [
+            replace(spectrum, weight=spectrum.weight * weight)
+            for spectrum, weight in zip(self._spectra, weights, strict=True)
+        ]
 
     def finish(self, calibration: dict[str, Any]) -> ModelCodec:
         """Return the codec, on the CPU, with a calibration record that ends with the figures by layer."""
@@ -122,49 +223,241 @@ class CodecFit:
         record = {**calibration, "layers": self.record}
         return ModelCodec(self.config, self.fingerprint, layers, record)
 
-    def _fit_tensor(
-        self, index: int, targets: Batches, inputs: list[Batches]
-    ) -> tuple[TensorCodec, Batches, dict[str, float]]:
-        mean, predictor = self._regress(targets, inputs)
-        offset = torch.zeros_like(mean) if self.config.predictor.kind == "none" else mean
-        codec = build_tensor_codec(self.config, self.fingerprint.features, index, offset, predictor)
-        codec = codec.to(self.device)
-        held_out = _HeldOut()
-        reconstructions: Batches = []
-        for number, batch in enumerate(targets):
-            centred = self._rows(batch).float() - codec.mean
-            sources = tuple(self._rows(source[number]).float() for source in inputs)
-            prediction = codec.predict(centred, sources)
-            residual = centred - prediction
-            _, hat = codec.encode_residual(residual, prediction)
-            first = self.split.fitted[number] * batch.shape[1]
-            held_out.total += _square_sum(centred[first:] + codec.mean - mean)
-            held_out.residual += _square_sum(residual[first:])
-            held_out.error += _square_sum(centred[first:] - hat[first:])
-            reconstructions.append(hat.view(batch.shape).to(device=batch.device, dtype=batch.dtype))
-            self.on_batch()
-        return codec, reconstructions, held_out.figures()
+    def _keep_errors(
+        self,
+        probed: ProbeErrors,
+        kind: str,
+        targets: Batches,
+        hats: Batches,
+        mean: Tensor,
+        metric: Metric,
+    ) -> None:
+        """Keep the errors on the probe's tokens, and their size."""
+        sequences, tokens = self.probe
 
-    def _regress(self, targets: Batches, inputs: list[Batches]) -> tuple[Tensor, AffinePredictor | None]:
-        """Return the targets' mean over the fitted sequences, and the predictor of what is left of them."""
-        in_features = sum(source[0].shape[-1] for source in inputs)
-        moments = StreamingMoments(in_features, self.fingerprint.features, self.device)
-        for number, batch in enumerate(targets):
-            fitted = self.split.fitted[number]
-            if fitted:
-                y = self._rows(batch[:fitted])
-                blocks = [self._rows(source[number][:fitted]) for source in inputs]
-                moments.update(torch.cat(blocks, -1) if blocks else y.new_empty(y.shape[0], 0), y)
-            self.on_batch()
+        def take(batches: Batches) -> Tensor:
+            return torch.cat([batch.to(self.device) for batch in batches])[:sequences, :tokens].float()
+
+        count = -(-sequences // len(targets[0]))
+        centred = take(targets[:count]) - mean
+        error = take(hats[:count]) - centred
+        probed.errors[kind] = error
+        probed.relative_power[kind] = relative_power(
+            error.flatten(0, 1), centred.flatten(0, 1), metric.matrix
+        )
+
+    def _is_read(self, kind: str) -> bool:
+        predictor = self.config.predictor
+        reads = {*predictor.key_inputs, *predictor.value_inputs}
+        return f"previous_{kind}" in reads or (kind == "keys" and "keys" in reads)
+
+    def _source_names(self, index: int, kind: str) -> list[str]:
+        """Return the sources that a predictor reads, in the order of `LayerCodec`."""
+        predictor = self.config.predictor
+        if predictor.kind != "linear":
+            return []
+        inputs = predictor.key_inputs if kind == "keys" else predictor.value_inputs
+        names = []
+        if kind == "values" and "keys" in inputs and (index > 0 or predictor.first_layer_values):
+            names.append(f"{index}.keys")
+        for back in range(1, min(index, predictor.history) + 1):
+            names += [f"{index - back}.{n.removeprefix('previous_')}" for n in inputs if n != "keys"]
+        return names
+
+    def _forget(self, index: int) -> None:
+        """Drop what no later layer reads."""
+        wanted = [
+            f"{layer}.{kind}"
+            for layer in range(index + 1 - self.config.predictor.history, index + 1)
+            for kind in KINDS
+            if f"previous_{kind}" in (*self.config.predictor.key_inputs, *self.config.predictor.value_inputs)
+        ]
+        self._hats = {name: hats for name, hats in self._hats.items() if name in wanted}
+        self._inputs.keep(wanted)
+
+    def _fit_tensor(
+        self,
+        index: int,
+        kind: str,
+        targets: Batches,
+        names: list[str],
+        metric: Metric | None,
+        importance: float,
+    ) -> tuple[TensorCodec, Batches, dict[str, float]]:
+        moments = self._inputs.regression(names, targets)
+        predictor = self._predictor(moments, kind, metric) if names else None
         mean = moments.mean_y.float()
-        if not inputs:
-            return mean, None
-        fitted_map = ridge(moments, self.config.predictor.ridge)
-        bias = (fitted_map.bias.double() - moments.mean_y).float()
-        return mean, AffinePredictor(fitted_map.weight.to(torch.bfloat16), bias)
+        offset = torch.zeros_like(mean) if self.config.predictor.kind == "none" else mean
+        if self.config.transform.kind == "klt":
+            assert metric is not None  # calibrate_many gathers metrics for such configurations
+            codec = self._fitted_codec(kind, moments, offset, predictor, metric, importance)
+        else:
+            codec = build_published_codec(self.config, self.fingerprint.features, index, offset, predictor)
+        codec = codec.to(self.device)
+        if self.config.guard.threshold is not None:
+            assert metric is not None
+            nothing = torch.ones(1, device=self.device)
+            codec = replace(codec, guard=OutlierGuard(metric.roots().float().to(self.device), nothing))
+        sweep = _Sweep()
+        reconstructions: Batches = []
+        for number in range(len(targets)):
+            sources = tuple(self._rows(self._hats[name][number]).float() for name in names)
+            reconstructions.append(self._encode_batch(codec, targets, number, sources, mean, sweep))
+            self.on_batch()
+        codec = self._completed(codec, sweep)
+        return codec, reconstructions, sweep.error.figures()
+
+    def _predictor(self, moments: StreamingMoments, kind: str, metric: Metric | None) -> AffinePredictor:
+        """Return the predictor of centred targets."""
+        weight = ridge(moments, self.config.predictor.ridge).weight
+        rank = self.config.predictor.key_rank if kind == "keys" else self.config.predictor.value_rank
+        if rank is None:
+            factors = (weight.to(torch.bfloat16),)
+        else:
+            rank = min(rank, *weight.shape)
+            factors = reduce_rank(moments, weight, rank, None if metric is None else metric.matrix)
+            factors = tuple(factor.to(torch.bfloat16) for factor in factors)
+        mean_prediction = moments.mean_x @ _product(factors)
+        return AffinePredictor(factors, -mean_prediction.float())
+
+    def _fitted_codec(
+        self,
+        kind: str,
+        moments: StreamingMoments,
+        mean: Tensor,
+        predictor: AffinePredictor | None,
+        metric: Metric,
+        importance: float,
+    ) -> TensorCodec:
+        """Fit the transform to the residual and allocate its bits."""
+        transform, matrix = self.config.transform, metric.matrix
+        scope = transform.key_scope if kind == "keys" else transform.value_scope
+        covariance = _residual_covariance(moments, predictor)
+        if transform.shrinkage:
+            covariance = shrink_covariance(covariance, transform.shrinkage)
+        blocks = self.fingerprint.num_kv_heads if scope == "head" else None
+        klt = weighted_klt(covariance, matrix, blocks, floor=1e-9)
+        size = float((matrix * moments.scatter_yy).sum()) / max(moments.count, 1) / len(matrix)
+        spectrum = Spectrum(klt.variances, importance / max(size, 1e-30))
+        self._spectra.append(spectrum)
+        deviations = klt.variances.sqrt().clamp_min(_LEAST_DEVIATION)
+        if self.config.quantizer.kind == "scalar":
+            widths = self._widths(spectrum)
+            kept = torch.argsort(widths.int(), descending=True, stable=True)[: int((widths > 0).sum())]
+            quantizer = ScalarQuantizer(
+                deviations[kept].float(), widths[kept], self.config.quantizer.arithmetic
+            )
+        else:
+            assert self._model is not None
+            step = self._step(spectrum)
+            ratio = deviations / step
+            kept = torch.arange(max(1, int((ratio > SMALLEST_RATIO).sum())), device=ratio.device)
+            quantizer = EntropyQuantizer(
+                deviations[kept].float(),
+                spread_class(ratio[kept]),
+                torch.tensor([step], dtype=torch.float32, device=ratio.device),
+                torch.ones(1, device=ratio.device),
+                self._model,
+                self.config.quantizer.rate_weight,
+            )
+        linear = LinearTransform(klt.forward[:, kept].contiguous(), klt.inverse[kept].contiguous())
+        return TensorCodec(mean, predictor, linear, quantizer)
+
+    def _widths(self, spectrum: Spectrum) -> Tensor:
+        """Return each coefficient's width, uint8, such that every width fills whole bytes."""
+        widths, distortions = level_options(self.config.allocation, self.config.quantizer)
+        theta = self.plan.theta
+        if theta is None:
+            one = Spectrum(spectrum.variances, 1.0)
+            theta = fixed_rate_plan([one], self.config.allocation, self.config.quantizer).theta
+            assert theta is not None
+            weighted = spectrum.variances
+        else:
+            weighted = spectrum.variances * spectrum.weight
+        chosen = widths_at(weighted, widths, distortions, theta)
+        return fill_bytes(chosen, weighted, widths, distortions)
+
+    def _step(self, spectrum: Spectrum) -> float:
+        if self.plan.step is not None:
+            return self.plan.step / spectrum.weight**0.5
+        assert self._model is not None
+        one = Spectrum(spectrum.variances, 1.0)
+        step = entropy_plan([one], self._model, self.config.allocation.bits).step
+        assert step is not None
+        return step
+
+    def _encode_batch(
+        self,
+        codec: TensorCodec,
+        targets: Batches,
+        number: int,
+        sources: tuple[Tensor, ...],
+        mean: Tensor,
+        sweep: _Sweep,
+    ) -> Tensor:
+        """Encode a batch, gather figures, and return the reconstruction in the batch's shape and dtype."""
+        batch = targets[number]
+        centred = self._rows(batch).float() - codec.mean
+        prediction = codec.predict(centred, sources)
+        residual = centred - prediction
+        coefficients = codec.transform.forward(residual)
+        codes, dequantized = codec.quantizer.quantize(coefficients)
+        hat = codec.transform.inverse_add(dequantized, prediction)
+        first = self.split.fitted[number] * batch.shape[1]
+        sweep.error.total += _square_sum(centred[first:] + codec.mean - mean)
+        sweep.error.residual += _square_sum(residual[first:])
+        sweep.error.error += _square_sum(centred[first:] - hat[first:])
+        sweep.fitted_tokens += first
+        sweep.held_out_tokens += len(centred) - first
+        if codec.guard is not None and first:
+            sweep.weighted_error += float(codec.guard.weighted_error((centred - hat)[:first]).double().sum())
+        if isinstance(codec.quantizer, EntropyQuantizer):
+            sweep.code_bits += self._count_levels(codec.quantizer, codes, coefficients, first)
+        return hat.view(batch.shape).to(device=batch.device, dtype=batch.dtype)
+
+    def _count_levels(
+        self, quantizer: EntropyQuantizer, codes: EncodedVectors, coefficients: Tensor, first: int
+    ) -> float:
+        """Add fitted tokens' levels to the statistics; return the held-out tokens' code length in bits."""
+        scale = SCALES.to(self.device)[codes.scales.long()] * quantizer.step
+        levels = (codes.words.long() - MAX_LEVEL).abs()
+        self._statistics.add(quantizer.classes, levels[:first], (coefficients.abs() / scale)[:first])
+        lengths = quantizer.model.tables.bits[quantizer.classes.long()].flatten()
+        start = torch.arange(len(quantizer.classes), device=self.device) * ALPHABET
+        index = codes.words[first:].long() + start
+        return float(lengths[index].sum(dtype=torch.float64)) + 8.0 * len(index)
+
+    def _completed(self, codec: TensorCodec, sweep: _Sweep) -> TensorCodec:
+        """Return the codec with what only the sweep could tell."""
+        if isinstance(codec.quantizer, EntropyQuantizer):
+            bits = sweep.code_bits / max(sweep.held_out_tokens, 1)
+            rate = torch.full((1,), max(bits, 1e-3), device=self.device)
+            codec = replace(codec, quantizer=replace(codec.quantizer, rate_bits=rate))
+        if codec.guard is not None and self.config.guard.threshold is not None:
+            limit = self.config.guard.threshold * sweep.weighted_error / max(sweep.fitted_tokens, 1)
+            limit = torch.full((1,), max(limit, 1e-30), device=self.device)
+            codec = replace(codec, guard=replace(codec.guard, limit=limit))
+        return codec
 
     def _rows(self, batch: Tensor) -> Tensor:
         return batch.to(self.device).flatten(0, 1)
+
+
+def _product(factors: tuple[Tensor, ...]) -> Tensor:
+    """Return the map that factors make, float64."""
+    first = factors[0].double()
+    return first if len(factors) == 1 else first @ factors[1].double()
+
+
+def _residual_covariance(moments: StreamingMoments, predictor: AffinePredictor | None) -> Tensor:
+    """Return the covariance of what a predictor leaves, ``[features, features]`` float64."""
+    covariance = moments.scatter_yy
+    if predictor is not None:
+        weight = _product(predictor.factors)
+        cross = weight.T @ moments.scatter_xy
+        covariance = covariance - cross - cross.T + weight.T @ moments.scatter_xx @ weight
+    covariance = covariance / max(moments.count, 1)
+    return (covariance + covariance.T) / 2
 
 
 def _square_sum(tensor: Tensor) -> float:

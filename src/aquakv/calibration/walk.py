@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 
 from aquakv.errors import UnsupportedModelError
 from aquakv.models.adapter import ModelAdapter
+from aquakv.models.attention import observed_queries
 from aquakv.models.rotary import unrotate
+
+Batches = list[Tensor]
+QueryObserver = Callable[[Tensor], None]
 
 
 class _Capture:
@@ -58,7 +63,7 @@ class LayerWalk:
         self.device = device
         self.dtype: torch.dtype = adapter.model.dtype
         self.sequences, self.seq_len = tokens.shape
-        self._arguments = self._layer_arguments(tokens[:1])
+        self.arguments = self._layer_arguments(tokens[:1])
         self.hidden = [self._embed(batch).to(device) for batch in tokens.split(batch_size)]
 
     def _layer_arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
@@ -76,7 +81,8 @@ class LayerWalk:
 
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.adapter.layers]
         try:
-            self.adapter.decoder(input_ids=tokens.to(self.adapter.model.device), use_cache=False)
+            with _skipped(self.adapter.layers):
+                self.adapter.decoder(input_ids=tokens.to(self.adapter.model.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -99,8 +105,13 @@ class LayerWalk:
             handle.remove()
         return found[0]
 
-    def advance(self, layer_idx: int, on_batch: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+    def advance(
+        self, layer_idx: int, on_batch: Callable[[], None], on_queries: QueryObserver | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Run one layer over all sequences.
+
+        ``on_queries`` receives every batch's queries after rotary embedding, ``[sequences,
+        num_attention_heads, seq_len, head_dim]``.
 
         Yields, for every batch of a layer that is compressed, keys before rotary embedding and values, each
         ``[sequences, seq_len, num_kv_heads * head_dim]`` in the model's dtype; nothing for other layers.
@@ -110,10 +121,13 @@ class LayerWalk:
         is_last = layer_idx == self.adapter.compressed_layers[-1]
         tables = None
         for index, hidden in enumerate(self.hidden):
-            capture = _Capture(stop=is_last)
+            capture = _Capture(stop=is_last and on_queries is None)
             hidden = hidden.to(self.adapter.model.device)
             try:
-                output = layer(hidden, **self._arguments[layer_idx], past_key_values=capture, use_cache=True)
+                with observed_queries(self.adapter, layer_idx, on_queries):
+                    output = layer(
+                        hidden, **self.arguments[layer_idx], past_key_values=capture, use_cache=True
+                    )
                 self.hidden[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
             except _StopForwardError:
                 pass
@@ -134,3 +148,22 @@ class LayerWalk:
                 per_row.reshape(rows, self.seq_len, -1),
                 capture.values.transpose(1, 2).reshape(rows, self.seq_len, -1),
             )
+
+
+@contextmanager
+def _skipped(layers: nn.ModuleList) -> Iterator[None]:
+    """Let layers hand on what they get: who only wants their arguments need not wait for their work."""
+
+    def hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    own = [layer.__dict__.get("forward") for layer in layers]  # wrapped, by accelerate for one
+    try:
+        for layer in layers:
+            layer.forward = hand_on
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward

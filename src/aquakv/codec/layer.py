@@ -12,10 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aquakv.codec.encoded import Encoded, EncodedStreams, EncodedTokens, EncodedVectors
+from aquakv.codec.entropy import EntropyQuantizer
+from aquakv.codec.guard import OutlierGuard
 from aquakv.codec.predictor import AffinePredictor
-from aquakv.codec.quantizer import EncodedVectors, GridQuantizer
-from aquakv.codec.transform import GroupTransform
-from aquakv.config import ValueInput
+from aquakv.codec.quantizer import GridQuantizer
+from aquakv.codec.scalar import ScalarQuantizer
+from aquakv.codec.transform import GroupTransform, LinearTransform
+from aquakv.config import PredictorConfig
 from aquakv.errors import ShapeError
 
 #: The encoder works on whole multiples of this many tokens (the rest is padded and cut off), so that matrix
@@ -35,12 +39,13 @@ class Reconstruction(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def to(self, device: torch.device) -> Reconstruction:
+        """Return the reconstruction on another device."""
+        return Reconstruction(self.keys.to(device), self.values.to(device))
 
-class EncodedTokens(NamedTuple):
-    """Codes of a block of tokens at one layer."""
 
-    keys: EncodedVectors
-    values: EncodedVectors
+#: Reconstructions of the layers before, the nearest first, as many as predictors read.
+History = tuple[Reconstruction, ...]
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,16 @@ class TensorCodec:
     predictor
         Map from the available reconstructions, or None to code the centred vector itself.
     transform, quantizer
-        Second and fourth stage; the third, allocation, chose the quantiser's width.
+        Second and fourth stage; the third, allocation, chose the quantiser's widths or step.
+    guard
+        Tells outliers, or None.
     """
 
     mean: Tensor
     predictor: AffinePredictor | None
-    transform: GroupTransform
-    quantizer: GridQuantizer
+    transform: GroupTransform | LinearTransform
+    quantizer: GridQuantizer | ScalarQuantizer | EntropyQuantizer
+    guard: OutlierGuard | None = None
 
     def encode(self, centred: Tensor, inputs: tuple[Tensor, ...]) -> tuple[EncodedVectors, Tensor]:
         """Encode centred vectors ``[tokens, features]`` float32; return the codes and the reconstruction."""
@@ -69,23 +77,43 @@ class TensorCodec:
 
     def encode_residual(self, residual: Tensor, prediction: Tensor) -> tuple[EncodedVectors, Tensor]:
         """Encode what is left of vectors once their ``prediction`` is taken off; return as `encode` does."""
-        encoded, dequantized = self.quantizer.quantize(self.transform.forward(residual))
-        return encoded, self.transform.inverse_add(dequantized, prediction)
+        codes, dequantized = self.quantizer.quantize(self.transform.forward(residual))
+        return codes, self.transform.inverse_add(dequantized, prediction)
 
-    def reconstruct(self, encoded: EncodedVectors, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def reconstruct(self, codes: EncodedVectors, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Return the centred vectors ``[tokens, features]`` that codes stand for, computed in ``dtype``."""
-        coefficients = self.quantizer.dequantize(encoded, dtype)
-        return self.transform.inverse_add(coefficients, self.predict(coefficients, inputs))
+        coefficients = self.quantizer.dequantize(codes, dtype)
+        like = coefficients.new_empty(coefficients.shape[0], len(self.mean))
+        return self.transform.inverse_add(coefficients, self.predict(like, inputs))
 
     def predict(self, like: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return the prediction of centred vectors, shaped like ``like``; zero without a predictor."""
         return torch.zeros_like(like) if self.predictor is None else self.predictor.predict(inputs)
 
+    def seal(self, codes: EncodedVectors, block_tokens: int) -> Encoded:
+        """Bring codes of whole blocks into the form in which they are kept."""
+        if isinstance(self.quantizer, EntropyQuantizer):
+            return self.quantizer.seal(codes, block_tokens)
+        return codes
+
+    def unseal(self, encoded: Encoded, block_tokens: int) -> EncodedVectors:
+        """Undo `seal`."""
+        if isinstance(encoded, EncodedStreams):
+            if not isinstance(self.quantizer, EntropyQuantizer):
+                raise ShapeError(
+                    "codec: got entropy-coded streams, but this layer's codes are rows of tokens"
+                )
+            return self.quantizer.unseal(encoded, block_tokens)
+        return encoded
+
     def to(self, device: torch.device | str) -> TensorCodec:
         """Return the codec on another device."""
-        predictor = None if self.predictor is None else self.predictor.to(device)
         return TensorCodec(
-            self.mean.to(device), predictor, self.transform.to(device), self.quantizer.to(device)
+            self.mean.to(device),
+            None if self.predictor is None else self.predictor.to(device),
+            self.transform.to(device),
+            self.quantizer.to(device),
+            None if self.guard is None else self.guard.to(device),
         )
 
 
@@ -97,13 +125,13 @@ class LayerCodec:
     ----------
     keys, values
         The codecs of the two tensors.
-    value_inputs
-        What the value predictor reads, in this order.
+    inputs
+        What the predictors read.
     """
 
     keys: TensorCodec
     values: TensorCodec
-    value_inputs: tuple[ValueInput, ...]
+    inputs: PredictorConfig
 
     @property
     def features(self) -> int:
@@ -111,69 +139,108 @@ class LayerCodec:
         return self.keys.mean.shape[0]
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes stored for one token at this layer."""
+    def bytes_per_token(self) -> float:
+        """Bytes stored for one token at this layer; an expectation where codes have no fixed length."""
         return self.keys.quantizer.bytes_per_token + self.values.quantizer.bytes_per_token
 
     def encode(
-        self, keys: Tensor, values: Tensor, previous: Reconstruction | None
+        self, keys: Tensor, values: Tensor, history: History = ()
     ) -> tuple[EncodedTokens, Reconstruction]:
-        """Encode a block of tokens, each independently of the others.
+        """Encode tokens, each independently of the others.
 
         Parameters
         ----------
         keys, values
             ``[tokens, num_kv_heads * head_dim]``, any float dtype; keys before rotary embedding.
-        previous
-            This method's reconstruction of the same tokens at the layer before; None at the first layer.
+        history
+            This method's reconstructions of the same tokens at the layers before; see `extend`.
 
         Returns
         -------
-        encoded, reconstruction
-            The codes, and the float32 reconstruction that the next layer's `encode` needs.
+        codes, reconstruction
+            The codes as rows of tokens (see `seal`), and the float32 reconstruction that the next layers'
+            `encode` needs.
         """
         for name, tensor in (("keys", keys), ("values", values)):
             if tensor.ndim != 2 or tensor.shape[1] != self.features:
                 raise ShapeError(f"{name}: expected [tokens, {self.features}], got {list(tensor.shape)}")
         tokens = keys.shape[0]
         keys, values = pad_rows(keys.float()), pad_rows(values.float())
-        if previous is not None:
-            previous = Reconstruction(pad_rows(previous.keys.float()), pad_rows(previous.values.float()))
-        key_codes, key_hat = self.keys.encode(keys - self.keys.mean, self.key_sources(previous))
+        history = tuple(Reconstruction(*(pad_rows(tensor.float()) for tensor in hat)) for hat in history)
+        key_codes, key_hat = self.keys.encode(keys - self.keys.mean, self.key_sources(history))
         value_codes, value_hat = self.values.encode(
-            values - self.values.mean, self.value_sources(key_hat, previous)
+            values - self.values.mean, self.value_sources(key_hat, history)
         )
-        encoded = EncodedTokens(
-            EncodedVectors(*(part[:tokens] for part in key_codes)),
-            EncodedVectors(*(part[:tokens] for part in value_codes)),
-        )
-        return encoded, Reconstruction(key_hat[:tokens], value_hat[:tokens])
+        codes = EncodedTokens(key_codes.head(tokens), value_codes.head(tokens))
+        return codes, Reconstruction(key_hat[:tokens], value_hat[:tokens])
 
     def reconstruct(
-        self, encoded: EncodedTokens, previous: Reconstruction | None, dtype: torch.dtype = torch.float32
+        self, codes: EncodedTokens, history: History = (), dtype: torch.dtype = torch.float32
     ) -> Reconstruction:
-        """Reconstruct a block of tokens, centred, computing in ``dtype``.
+        """Reconstruct tokens from their codes as rows, centred, computing in ``dtype``.
 
-        ``previous`` is the layer before's reconstruction of the same tokens, in ``dtype``.
+        ``history`` are the layers before's reconstructions of the same tokens, in ``dtype``.
         """
-        key_hat = self.keys.reconstruct(encoded.keys, self.key_sources(previous), dtype)
-        value_hat = self.values.reconstruct(encoded.values, self.value_sources(key_hat, previous), dtype)
+        assert isinstance(codes.keys, EncodedVectors)
+        assert isinstance(codes.values, EncodedVectors)
+        key_hat = self.keys.reconstruct(codes.keys, self.key_sources(history), dtype)
+        value_hat = self.values.reconstruct(codes.values, self.value_sources(key_hat, history), dtype)
         return Reconstruction(key_hat, value_hat)
 
-    def key_sources(self, previous: Reconstruction | None) -> tuple[Tensor, ...]:
-        """Return what the key predictor reads."""
-        return () if previous is None else (previous.keys,)
+    def seal(self, codes: EncodedTokens, block_tokens: int) -> EncodedTokens:
+        """Bring the codes of whole blocks of tokens into the form in which they are kept.
 
-    def value_sources(self, key_hat: Tensor, previous: Reconstruction | None) -> tuple[Tensor, ...]:
-        """Return what the value predictor reads, in the order of ``value_inputs``."""
-        available = {"keys": key_hat}
-        if previous is not None:
-            available["previous_values"] = previous.values
-        return tuple(available[name] for name in self.value_inputs if name in available)
+        A block is decodable by itself. Fixed-rate codes are kept as they are.
+        """
+        assert isinstance(codes.keys, EncodedVectors)
+        assert isinstance(codes.values, EncodedVectors)
+        return EncodedTokens(
+            self.keys.seal(codes.keys, block_tokens), self.values.seal(codes.values, block_tokens)
+        )
+
+    def unseal(self, encoded: EncodedTokens, block_tokens: int) -> EncodedTokens:
+        """Undo `seal`."""
+        return EncodedTokens(
+            self.keys.unseal(encoded.keys, block_tokens), self.values.unseal(encoded.values, block_tokens)
+        )
+
+    def excess(self, keys: Tensor, values: Tensor, hat: Reconstruction) -> Tensor | None:
+        """Return by how much tokens exceed the tolerated error, ``[tokens]``; None without a guard.
+
+        Parameters
+        ----------
+        keys, values
+            As for `encode`.
+        hat
+            Their reconstruction.
+        """
+        if self.keys.guard is None or self.values.guard is None:
+            return None
+        key_excess = self.keys.guard.excess(pad_rows(keys.float() - self.keys.mean - hat.keys))
+        value_excess = self.values.guard.excess(pad_rows(values.float() - self.values.mean - hat.values))
+        return torch.maximum(key_excess, value_excess)[: keys.shape[0]]
+
+    def extend(self, history: History, hat: Reconstruction) -> History:
+        """Return the history that the next layer reads, once this layer's reconstruction is known."""
+        return (hat, *history)[: self.inputs.history]
+
+    def key_sources(self, history: History) -> tuple[Tensor, ...]:
+        """Return what the key predictor reads."""
+        return tuple(_pick(hat, name) for hat in history for name in self.inputs.key_inputs)
+
+    def value_sources(self, key_hat: Tensor, history: History) -> tuple[Tensor, ...]:
+        """Return what the value predictor reads."""
+        own = (key_hat,) if "keys" in self.inputs.value_inputs else ()
+        names = [name for name in self.inputs.value_inputs if name != "keys"]
+        return (*own, *(_pick(hat, name) for hat in history for name in names))
 
     def to(self, device: torch.device | str) -> LayerCodec:
         """Return the codec on another device."""
-        return LayerCodec(self.keys.to(device), self.values.to(device), self.value_inputs)
+        return LayerCodec(self.keys.to(device), self.values.to(device), self.inputs)
+
+
+def _pick(hat: Reconstruction, name: str) -> Tensor:
+    return hat.keys if name == "previous_keys" else hat.values
 
 
 def pad_rows(rows: Tensor) -> Tensor:

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquakv.codec.allocation import allocate
+from aquakv.codec.allocation import equal_widths
+from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, NUM_CLASSES, EntropyModel, EntropyQuantizer
 from aquakv.codec.file import read_codec_file, write_codec_file
 from aquakv.codec.fingerprint import ModelFingerprint
+from aquakv.codec.guard import OutlierGuard
 from aquakv.codec.layer import LayerCodec, TensorCodec
 from aquakv.codec.predictor import AffinePredictor
 from aquakv.codec.quantizer import build_quantizer
-from aquakv.codec.transform import build_transform
+from aquakv.codec.scalar import ScalarQuantizer
+from aquakv.codec.transform import LinearTransform, build_transform
 from aquakv.config import CodecConfig, from_dict, to_dict
-from aquakv.errors import CodecFileError, ConfigError
+from aquakv.errors import CodecFileError, ConfigError, InputError
 
 Kind = str
 KINDS: tuple[Kind, ...] = ("keys", "values")
@@ -51,7 +54,10 @@ class ModelCodec:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits that the codes and scales of one value take, averaged over layers."""
+        """Bits that the codes and scales of one value take, averaged over layers.
+
+        An expectation for entropy-coded layers, from text that calibration held out.
+        """
         stored = sum(layer.bytes_per_token for layer in self.layers)
         return 8 * stored / (2 * self.fingerprint.features * len(self.layers))
 
@@ -73,11 +79,12 @@ class ModelCodec:
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
             for kind in KINDS:
-                codec: TensorCodec = getattr(layer, kind)
-                tensors[f"layers.{index}.{kind}.mean"] = codec.mean
-                if codec.predictor is not None:
-                    tensors[f"layers.{index}.{kind}.predictor.weight"] = codec.predictor.weight
-                    tensors[f"layers.{index}.{kind}.predictor.bias"] = codec.predictor.bias
+                for name, tensor in _tensors_of(getattr(layer, kind)).items():
+                    tensors[f"layers.{index}.{kind}.{name}"] = tensor
+        quantizer = self.layers[0].keys.quantizer
+        if isinstance(quantizer, EntropyQuantizer):
+            tensors["entropy.frequencies"] = quantizer.model.frequencies
+            tensors["entropy.points"] = quantizer.model.points
         header = {
             "config": to_dict(self.config),
             "fingerprint": to_dict(self.fingerprint),
@@ -108,19 +115,89 @@ class ModelCodec:
 
 def predictor_widths(config: CodecConfig, features: int, layer: int) -> dict[Kind, int]:
     """Return how many features each predictor of a layer reads; 0 where there is no predictor."""
-    if config.predictor.kind != "dense" or layer == 0:
+    predictor = config.predictor
+    if predictor.kind != "linear":
         return dict.fromkeys(KINDS, 0)
-    return {"keys": features, "values": features * len(config.predictor.value_inputs)}
+    reach = min(layer, predictor.history)
+    own = int("keys" in predictor.value_inputs and (layer > 0 or predictor.first_layer_values))
+    earlier = len(predictor.value_inputs) - int("keys" in predictor.value_inputs)
+    return {
+        "keys": features * len(predictor.key_inputs) * reach,
+        "values": features * (own + earlier * reach),
+    }
 
 
-def build_tensor_codec(
-    config: CodecConfig, features: int, layer: int, mean: Tensor, predictor: AffinePredictor | None
+def build_published_codec(
+    config: CodecConfig,
+    features: int,
+    layer: int,
+    mean: Tensor,
+    predictor: AffinePredictor | None,
+    guard: OutlierGuard | None = None,
 ) -> TensorCodec:
-    """Assemble the codec of one layer's keys or values from what was fitted (mean and predictor)."""
+    """Assemble the codec of one layer's keys or values whose transform and quantiser are not fitted."""
     transform = build_transform(config.transform, features).to(mean.device)
-    widths = allocate(config.allocation, features, is_first_layer=layer == 0)
+    widths = equal_widths(config.allocation, features, is_first_layer=layer == 0)
     quantizer = build_quantizer(config.quantizer, features, transform.group_size, widths)
-    return TensorCodec(mean, predictor, transform, quantizer)
+    return TensorCodec(mean, predictor, transform, quantizer, guard)
+
+
+def _tensors_of(codec: TensorCodec) -> dict[str, Tensor]:
+    tensors = {"mean": codec.mean}
+    if codec.predictor is not None:
+        names = ("weight",) if codec.predictor.rank is None else ("down", "up")
+        for name, factor in zip(names, codec.predictor.factors, strict=True):
+            tensors[f"predictor.{name}"] = factor
+        tensors["predictor.bias"] = codec.predictor.bias
+    if isinstance(codec.transform, LinearTransform):
+        tensors["analysis"] = codec.transform.analysis
+        tensors["synthesis"] = codec.transform.synthesis
+    if isinstance(codec.quantizer, ScalarQuantizer):
+        tensors["deviations"] = codec.quantizer.deviations
+        tensors["widths"] = codec.quantizer.widths
+    if isinstance(codec.quantizer, EntropyQuantizer):
+        for name in ("deviations", "classes", "step", "rate_bits"):
+            tensors[name] = getattr(codec.quantizer, name)
+    if codec.guard is not None:
+        tensors["guard.roots"] = codec.guard.roots
+        tensors["guard.limit"] = codec.guard.limit
+    return tensors
+
+
+class _Tensors:
+    """Tensors of a file, handed out by name after a check of shape, dtype and values."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._left = dict(tensors)
+
+    def take(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor; None in ``shape`` stands for any length."""
+        tensor = self._left.pop(name, None)
+        if tensor is None:
+            raise ConfigError(f"tensor {name} is missing")
+        fits = len(shape) == tensor.ndim and all(
+            want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != dtype:
+            wanted = ["any" if length is None else length for length in shape]
+            raise ConfigError(
+                f"tensor {name}: expected {dtype} {wanted}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ConfigError(f"tensor {name} holds numbers that are not finite")
+        return tensor
+
+    def positive(self, name: str, shape: tuple[int | None, ...]) -> Tensor:
+        """Return a float32 tensor of positive numbers."""
+        tensor = self.take(name, shape, torch.float32)
+        if not bool((tensor > 0).all()):
+            raise ConfigError(f"tensor {name}: expected positive numbers")
+        return tensor
+
+    def finish(self) -> None:
+        """Raise if anything is left over."""
+        if self._left:
+            raise ConfigError(f"unexpected tensor {sorted(self._left)[0]!a}")
 
 
 def _layers_from_tensors(
@@ -131,33 +208,80 @@ def _layers_from_tensors(
         raise ConfigError(f"fingerprint: expected at least one feature and one layer, got {fingerprint}")
     if len(fingerprint.layer_hashes) != len(fingerprint.compressed_layers):
         raise ConfigError("fingerprint: expected one layer hash per compressed layer")
-
-    def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensor = tensors.pop(name, None)
-        if tensor is None:
-            raise ConfigError(f"tensor {name} is missing")
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ConfigError(
-                f"tensor {name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise ConfigError(f"tensor {name} holds numbers that are not finite")
-        return tensor
-
+    source = _Tensors(tensors)
+    model = _entropy_model(source) if config.quantizer.kind == "entropy" else None
     layers = []
     for index in range(len(fingerprint.compressed_layers)):
         codecs = {}
         for kind, width in predictor_widths(config, features, index).items():
             name = f"layers.{index}.{kind}"
-            mean = take(f"{name}.mean", (features,), torch.float32)
-            predictor = None
-            if width:
-                predictor = AffinePredictor(
-                    take(f"{name}.predictor.weight", (width, features), torch.bfloat16),
-                    take(f"{name}.predictor.bias", (features,), torch.float32),
-                )
-            codecs[kind] = build_tensor_codec(config, features, index, mean, predictor)
-        layers.append(LayerCodec(codecs["keys"], codecs["values"], config.predictor.value_inputs))
-    if tensors:
-        raise ConfigError(f"unexpected tensor {sorted(tensors)[0]!a}")
+            mean = source.take(f"{name}.mean", (features,), torch.float32)
+            predictor = _predictor(source, config, name, kind, width, features)
+            guard = None
+            if config.guard.threshold is not None:
+                dim = fingerprint.head_dim
+                shape = (fingerprint.num_kv_heads, dim, dim)
+                roots = source.take(f"{name}.guard.roots", shape, torch.float32)
+                guard = OutlierGuard(roots, source.positive(f"{name}.guard.limit", (1,)))
+            if config.transform.kind == "klt":
+                codecs[kind] = _fitted_codec(source, config, name, mean, predictor, guard, model)
+            else:
+                codecs[kind] = build_published_codec(config, features, index, mean, predictor, guard)
+        layers.append(LayerCodec(codecs["keys"], codecs["values"], config.predictor))
+    source.finish()
     return tuple(layers)
+
+
+def _predictor(
+    source: _Tensors, config: CodecConfig, name: str, kind: Kind, width: int, features: int
+) -> AffinePredictor | None:
+    if not width:
+        return None
+    rank = config.predictor.key_rank if kind == "keys" else config.predictor.value_rank
+    if rank is None:
+        factors = (source.take(f"{name}.predictor.weight", (width, features), torch.bfloat16),)
+    else:
+        rank = min(rank, width, features)
+        factors = (
+            source.take(f"{name}.predictor.down", (width, rank), torch.bfloat16),
+            source.take(f"{name}.predictor.up", (rank, features), torch.bfloat16),
+        )
+    return AffinePredictor(factors, source.take(f"{name}.predictor.bias", (features,), torch.float32))
+
+
+def _fitted_codec(
+    source: _Tensors,
+    config: CodecConfig,
+    name: str,
+    mean: Tensor,
+    predictor: AffinePredictor | None,
+    guard: OutlierGuard | None,
+    model: EntropyModel | None,
+) -> TensorCodec:
+    analysis = source.take(f"{name}.analysis", (len(mean), None), torch.float32)
+    n = analysis.shape[1]
+    if n > len(mean):
+        raise ConfigError(f"tensor {name}.analysis: expected at most {len(mean)} coefficients, got {n}")
+    transform = LinearTransform(analysis, source.take(f"{name}.synthesis", (n, len(mean)), torch.float32))
+    deviations = source.positive(f"{name}.deviations", (n,))
+    if model is None:
+        widths = source.take(f"{name}.widths", (n,), torch.uint8)
+        if not set(widths.tolist()) <= set(config.allocation.widths):
+            raise ConfigError(f"tensor {name}.widths: expected only {list(config.allocation.widths)}")
+        quantizer = ScalarQuantizer(deviations, widths, config.quantizer.arithmetic)
+        return TensorCodec(mean, predictor, transform, quantizer, guard)
+    classes = source.take(f"{name}.classes", (n,), torch.uint8)
+    if n and int(classes.max()) >= NUM_CLASSES:
+        raise ConfigError(f"tensor {name}.classes: expected numbers below {NUM_CLASSES}")
+    step, rate = source.positive(f"{name}.step", (1,)), source.positive(f"{name}.rate_bits", (1,))
+    quantizer = EntropyQuantizer(deviations, classes, step, rate, model, config.quantizer.rate_weight)
+    return TensorCodec(mean, predictor, transform, quantizer, guard)
+
+
+def _entropy_model(source: _Tensors) -> EntropyModel:
+    frequencies = source.take("entropy.frequencies", (NUM_CLASSES, ALPHABET), torch.int32)
+    points = source.take("entropy.points", (NUM_CLASSES, MAX_LEVEL + 1), torch.float32)
+    try:
+        return EntropyModel(frequencies, points)
+    except InputError as error:
+        raise ConfigError(f"tensor entropy.frequencies: {error}") from error

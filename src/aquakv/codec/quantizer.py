@@ -1,35 +1,20 @@
-"""Fourth stage: coefficients to packed codes and scales, and back."""
+"""Fourth stage as published: coefficients to points of a Gaussian grid, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aquakv.codec.encoded import EncodedVectors
 from aquakv.config import QuantizerConfig
 from aquakv.errors import ConfigError, ShapeError
 from aquakv.numerics import GaussianGrid, byte_table, load_grid, pack, packed_words, unpack_lookup
 
 #: Largest finite float16: scales saturate there instead of becoming infinite.
 MAX_SCALE = 65504.0
-
-
-class EncodedVectors(NamedTuple):
-    """Codes of a block of vectors.
-
-    Attributes
-    ----------
-    words
-        ``[tokens, words_per_token]`` int32, grid indices packed densely (`aquakv.numerics.pack`).
-    scales
-        ``[tokens, groups]`` float16, root mean square of each group of coefficients.
-    """
-
-    words: Tensor
-    scales: Tensor
 
 
 @dataclass(frozen=True)

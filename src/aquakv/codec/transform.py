@@ -1,4 +1,4 @@
-"""Second stage: an orthogonal transform of the residual, group by group."""
+"""Second stage: a linear transform of the residual, fixed (by groups) or fitted (Karhunen-Loeve)."""
 
 from __future__ import annotations
 
@@ -55,6 +55,55 @@ class GroupTransform:
         """Return the transform on another device."""
         matrix = None if self.matrix is None else self.matrix.to(device)
         return GroupTransform(self.features, self.group_size, matrix)
+
+
+@dataclass(frozen=True)
+class LinearTransform:
+    """A fitted transform to those coefficients that are coded at all.
+
+    Attributes
+    ----------
+    analysis
+        ``[features, coefficients]`` float32: coefficients of a residual are ``residual @ analysis``.
+    synthesis
+        ``[coefficients, features]`` float32: what coefficients stand for is ``coefficients @ synthesis``.
+        With all coefficients kept the two are inverse to each other.
+    """
+
+    analysis: Tensor
+    synthesis: Tensor
+
+    def __post_init__(self) -> None:
+        if self.analysis.ndim != 2 or self.synthesis.shape != self.analysis.T.shape:
+            raise ShapeError(
+                "transform: expected matrices [features, coefficients] and [coefficients, features], got "
+                f"{list(self.analysis.shape)} and {list(self.synthesis.shape)}"
+            )
+
+    @property
+    def coefficients(self) -> int:
+        """Coefficients of a vector."""
+        return self.analysis.shape[1]
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Return the coefficients, ``[tokens, coefficients]``, of residuals ``[tokens, features]``."""
+        if residual.ndim != 2 or residual.shape[1] != self.analysis.shape[0]:
+            raise ShapeError(
+                f"transform: expected [tokens, {self.analysis.shape[0]}], got {list(residual.shape)}"
+            )
+        return residual @ self.analysis.to(residual.dtype)
+
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """Return the residuals, ``[tokens, features]``, that coefficients stand for."""
+        return coefficients @ self.synthesis.to(coefficients.dtype)
+
+    def inverse_add(self, coefficients: Tensor, base: Tensor) -> Tensor:
+        """Return ``base + inverse(coefficients)``."""
+        return torch.addmm(base, coefficients, self.synthesis.to(coefficients.dtype))
+
+    def to(self, device: torch.device | str) -> LinearTransform:
+        """Return the transform on another device."""
+        return LinearTransform(self.analysis.to(device), self.synthesis.to(device))
 
 
 def largest_group(features: int, max_group_size: int) -> int:

@@ -17,7 +17,8 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from aquakv.cache.step import reconstruction_dtype
-from aquakv.codec import ModelCodec, Reconstruction
+from aquakv.codec import History, ModelCodec
+from aquakv.codec.guard import choose_outliers
 from aquakv.config import WindowConfig
 from aquakv.errors import UnsupportedModelError
 from aquakv.models.adapter import ModelAdapter
@@ -54,8 +55,8 @@ class SinglePassCache(Cache):
             self.layers[index] = _StatelessLayer()
         self.coded_bytes = 0
         self.coded_values = 0
-        self._encoder: Reconstruction | None = None  # the layer before, as the encoder reconstructs it
-        self._decoder: Reconstruction | None = None  # and as a cache of this dtype does
+        self._encoder: History = ()  # the layers before, as the encoder reconstructs them
+        self._decoder: History = ()  # and as a cache of this dtype does
         super().__init__(layers=self.layers)
 
     def update(
@@ -77,17 +78,24 @@ class SinglePassCache(Cache):
         index = self.adapter.compressed_layers.index(layer_idx)
         codec = self.codec.layer_on(index, key_states.device)
         key_block, value_block = unrotate(keys, tables).flatten(1), values.flatten(1)
-        encoded, self._encoder = codec.encode(key_block, value_block, self._encoder)
-        hat = codec.reconstruct(encoded, self._decoder, reconstruction_dtype(key_states))
-        self._decoder = hat
-        self.coded_bytes += sum(t.numel() * t.element_size() for part in encoded for t in part)
+        codes, encoder_hat = codec.encode(key_block, value_block, self._encoder)
+        hat = codec.reconstruct(codes, self._decoder, reconstruction_dtype(key_states))
+        self._encoder = codec.extend(self._encoder, encoder_hat)
+        self._decoder = codec.extend(self._decoder, hat)
+        self.coded_bytes += codec.seal(codes, self.window.block_tokens).nbytes
         self.coded_values += 2 * hat.keys.numel()
+        key_hat = rotate((hat.keys + codec.keys.mean).view(-1, *keys.shape[1:]), tables).to(keys.dtype)
+        value_hat = (hat.values + codec.values.mean).view(-1, *values.shape[1:]).to(values.dtype)
+        excess = codec.excess(key_block, value_block, encoder_hat)
+        if excess is not None:
+            block = self.window.block_tokens
+            chosen = choose_outliers(excess, block, self.codec.config.guard.most(block))
+            key_hat[chosen], value_hat[chosen] = keys[chosen], values[chosen]
+            self.coded_bytes += len(chosen) * (4 + 2 * codec.features * keys.element_size())
 
         def columns(vectors: Tensor) -> Tensor:
-            return vectors.view(rows, coded, heads, -1).transpose(1, 2).to(key_states.dtype)
+            return vectors.view(rows, coded, heads, -1).transpose(1, 2)
 
-        key_hat = rotate((hat.keys + codec.keys.mean).view(-1, *keys.shape[1:]), tables)
-        value_hat = hat.values + codec.values.mean
         return (
             torch.cat([columns(key_hat), key_states], 2),
             torch.cat([columns(value_hat), value_states], 2),

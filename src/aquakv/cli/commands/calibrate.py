@@ -20,7 +20,7 @@ DEFAULT_DATA = ["pydoc:train", "stdlib:train"]
 def calibrate(
     model: options.Model,
     out: Annotated[Path, typer.Option("--out", help="Codec file to write (.safetensors).")],
-    preset_name: Annotated[str, typer.Option("--preset", help=f"One of: {', '.join(PRESETS)}.")] = "paper",
+    preset_name: Annotated[str, typer.Option("--preset", help=f"One of: {', '.join(PRESETS)}.")] = "decode",
     bits: Annotated[
         float | None, typer.Option("--bits", help="Mean bits per coefficient; the preset's own if not given.")
     ] = None,

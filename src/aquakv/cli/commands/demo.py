@@ -28,10 +28,10 @@ from aquakv.models.loading import DEMO
 CONTESTANTS = {
     "higgs 2 bit": preset("higgs", 2),
     "paper 2 bit": preset("paper", 2),
-    "paper 3 bit": preset("paper", 3),
-    "paper 4 bit": preset("paper", 4),
+    "decode 2 bit": preset("decode", 2),
+    "storage 1 bit": preset("storage", 1),
 }
-SHOWN = "paper 2 bit"
+SHOWN = "decode 2 bit"
 _ARTICLE_CHARACTERS = 2400
 
 

@@ -51,13 +51,17 @@ def inspect(
 
 
 def _table(layers: list[dict[str, Any]]) -> Table:
-    table = Table("layer", "bits", "keys predicted", "keys error", "values predicted", "values error")
+    table = Table(
+        "layer", "key bits", "predicted", "error", "weight", "value bits", "predicted", "error", "weight"
+    )
     for column in table.columns:
         column.justify = "right"
     for layer in layers:
-        figures = [f"{layer['bits_per_value']:.3f}"]
-        for kind in ("keys", "values"):
+        figures = []
+        for kind, bits in (("keys", "key_bits"), ("values", "value_bits")):
+            figures.append(f"{layer[bits]:.2f}")
             figures.append(f"{100 * layer[kind]['explained_variance']:.1f} %")
             figures.append(f"{100 * layer[kind]['reconstruction_error']:.3f} %")
+            figures.append(f"{layer['importance'][kind]:.2f}")
         table.add_row(str(layer["layer"]), *figures)
     return table

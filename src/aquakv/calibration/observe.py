@@ -1,0 +1,101 @@
+"""See one layer after another: keys, values, and what attention feels of errors in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from aquakv.calibration.metrics import Metric, QueryMoments, key_weight, value_weight
+from aquakv.calibration.walk import Batches, LayerWalk
+from aquakv.models.adapter import ModelAdapter
+
+
+@dataclass
+class LayerObservation:
+    """What calibration sees of one compressed layer.
+
+    Attributes
+    ----------
+    layer
+        Its index in the decoder.
+    keys, values
+        Batches ``[sequences, seq_len, num_kv_heads * head_dim]`` in the model's dtype, sinks included, keys
+        before rotary embedding.
+    key_weight, value_weight
+        ``[num_kv_heads, head_dim, head_dim]`` float64, not normalised; None if nobody asked for them.
+    """
+
+    layer: int
+    keys: Batches
+    values: Batches
+    key_weight: Tensor | None = None
+    value_weight: Tensor | None = None
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Sequences of each batch."""
+        return [len(batch) for batch in self.keys]
+
+    def metrics(self, floor: float) -> dict[str, Metric]:
+        """Return the normalised weights of errors in keys and in values."""
+        assert self.key_weight is not None
+        assert self.value_weight is not None
+        return {"keys": Metric.of(self.key_weight, floor), "values": Metric.of(self.value_weight, floor)}
+
+
+@dataclass
+class Observer:
+    """Walk a model and observe its compressed layers.
+
+    Attributes
+    ----------
+    adapter
+        The model.
+    batch_size
+        Sequences that go through a layer at once.
+    waiting
+        Where keys, values and hidden states wait.
+    on_batch
+        Called after every batch at every layer.
+    weights
+        Whether to observe what attention feels of errors.
+    """
+
+    adapter: ModelAdapter
+    batch_size: int
+    waiting: torch.device
+    on_batch: Callable[[], None]
+    weights: bool
+
+    def walk(self, tokens: Tensor) -> Iterator[LayerObservation]:
+        """Yield an observation of every compressed layer, in order, for tokens ``[sequences, seq_len]``."""
+        walk = LayerWalk(self.adapter, tokens, self.batch_size, self.waiting)
+        for layer_idx in range(self.adapter.compressed_layers[-1] + 1):
+            observation = self._observe(walk, layer_idx)
+            if observation is not None:
+                yield observation
+
+    def _observe(self, walk: LayerWalk, layer_idx: int) -> LayerObservation | None:
+        adapter = self.adapter
+        if layer_idx not in adapter.compressed_layers:
+            for _ in walk.advance(layer_idx, self.on_batch):
+                pass
+            return None
+        moments = QueryMoments.empty(adapter)
+        tables = adapter.rotary_tables(
+            torch.arange(walk.seq_len), layer_idx, walk.dtype, adapter.model.device
+        )
+        keys: Batches = []
+        values: Batches = []
+        on_queries = partial(moments.add, tables=tables) if self.weights else None
+        for key_batch, value_batch in walk.advance(layer_idx, self.on_batch, on_queries):
+            keys.append(key_batch.to(self.waiting))
+            values.append(value_batch.to(self.waiting))
+        if not self.weights:
+            return LayerObservation(layer_idx, keys, values)
+        weight = key_weight(adapter, layer_idx, moments, walk.seq_len)
+        return LayerObservation(layer_idx, keys, values, weight, value_weight(adapter, layer_idx))

@@ -1,0 +1,414 @@
+import dataclasses
+import importlib
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from aquakv import calibrate, calibrate_many, preset
+from aquakv.calibration.history import InputMoments
+from aquakv.calibration.metrics import DISTANCES, Metric, QueryMoments, key_weight, value_weight
+from aquakv.calibration.observe import Observer
+from aquakv.calibration.plan import (
+    Spectrum,
+    entropy_plan,
+    expected_bits,
+    first_model,
+    fixed_rate_plan,
+    level_options,
+)
+from aquakv.calibration.sensitivity import ProbeErrors, measure_harm
+from aquakv.calibration.walk import LayerWalk
+from aquakv.config import AllocationConfig, QuantizerConfig
+from aquakv.errors import UnsupportedModelError
+from aquakv.models.adapter import adapt
+from aquakv.models.attention import observed_queries
+from aquakv.models.rotary import rotate
+from aquakv.numerics import StreamingMoments, widths_at
+from tiny_models import WINDOW, build, random_tokens, same_bits, shared
+
+# Not `import aquakv.calibration.calibrate`: the package has a function of that name.
+calibration_module = importlib.import_module("aquakv.calibration.calibrate")
+TOKENS = random_tokens(16, 64, seed=1)
+
+
+def config(name, bits=None):
+    return dataclasses.replace(preset(name, bits), window=WINDOW)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def assert_same_tensors(a, b, tmp_path):
+    """Compare codecs by all that is stored of them."""
+    found = []
+    for number, codec in enumerate((a, b)):
+        codec.save(tmp_path / str(number))
+        found.append([t for _, t in sorted(load_file(tmp_path / str(number)).items())])
+    assert same_bits(*found)
+
+
+# --- moments of what predictors read ----------------------------------------------------------------------
+
+
+def _sources():
+    """Return three batches of three sources with large means, and how many sequences of each are fitted."""
+    sizes, tokens, fitted = (3, 3, 2), 900, (3, 2, 0)
+    base = [normal(size, tokens, 6, seed=10 + size + n) for n, size in enumerate(sizes)]
+    sources = {
+        name: [(batch @ normal(6, width, seed=width) + 50 * normal(width, seed=1)) for batch in base]
+        for name, width in (("a", 6), ("b", 4), ("c", 5))
+    }
+    return sources, fitted
+
+
+@pytest.mark.parametrize("names", [("a",), ("b", "a"), ()])
+def test_regression_moments_are_those_of_the_inputs_side_by_side(names):
+    sources, fitted = _sources()
+    inputs = InputMoments(fitted, torch.device("cpu"))
+    for name in ("a", "b"):
+        inputs.add(name, sources[name])
+    got = inputs.regression(names, sources["c"])
+
+    def rows(name):
+        return torch.cat([b[:n].flatten(0, 1) for b, n in zip(sources[name], fitted, strict=True)])
+
+    y = rows("c")
+    x = torch.cat([y[:, :0], *(rows(name) for name in names)], 1)
+    expected = StreamingMoments(x.shape[1], 5, full_y=True)
+    expected.update(x, y)
+    assert got.count == expected.count == 5 * 900
+    for part in ("mean_x", "mean_y", "scatter_xx", "scatter_xy", "scatter_yy"):
+        mine, theirs = getattr(got, part), getattr(expected, part)
+        assert mine.dtype == torch.float64
+        # Thousands of products summed in float32.
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(y.var() * 4500))
+
+
+def test_forgotten_inputs_are_gone():
+    sources, fitted = _sources()
+    inputs = InputMoments(fitted, torch.device("cpu"))
+    for name in ("a", "b"):
+        inputs.add(name, sources[name])
+    before = inputs.regression(["b"], sources["c"])
+    inputs.keep(["b", "z"])
+    assert set(inputs.sources) == {"b"}
+    assert set(inputs._scatter) == {("b", "b")}
+    with pytest.raises(KeyError):
+        inputs.regression(["a", "b"], sources["c"])
+    assert torch.equal(inputs.regression(["b"], sources["c"]).scatter_xx, before.scatter_xx)
+    inputs.add("c", sources["c"])
+    assert inputs.regression(["c", "b"], sources["a"]).scatter_xx.shape == (9, 9)
+
+
+# --- what attention feels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-odd", "llama-yarn"])
+@pytest.mark.parametrize("seq_len", [3, 60])
+def test_key_weight_is_the_mean_squared_error_of_scores(kind, seq_len):
+    adapter = adapt(shared(kind))
+    heads, dim = adapter.num_kv_heads, adapter.head_dim
+    attention_heads = adapter.config.num_attention_heads
+    rotation = lambda positions: adapter.rotary_tables(  # noqa: E731
+        torch.tensor(positions), 0, torch.float32, torch.device("cpu")
+    )
+    queries = normal(40, attention_heads, dim) * torch.arange(1, dim + 1) + 1  # before rotary embedding
+    moments = QueryMoments.empty(adapter)
+    for rows in (queries[:30].unflatten(0, (2, 15)), queries[30:][None]):
+        tables = rotation(list(range(rows.shape[1])))
+        moments.add(torch.stack([rotate(row, tables) for row in rows]).transpose(1, 2), tables)
+    weight = key_weight(adapter, 0, moments, seq_len)
+    assert weight.dtype == torch.float64
+    errors = normal(10, heads, dim, seed=1)
+    got = torch.einsum("ehi,hij,ehj->eh", errors.double(), weight, errors.double())
+    at_key = rotate(errors, rotation([5] * 10)).double()
+    squares = []
+    for distance in DISTANCES:
+        if distance < seq_len:
+            at_query = rotate(queries, rotation([5 + distance] * 40)).double().unflatten(1, (heads, -1))
+            squares.append(torch.einsum("thqi,ehi->ehtq", at_query, at_key).square().mean((2, 3)))
+    expected = torch.stack(squares).mean(0)
+    if kind == "llama-yarn":  # attention scaling changes all scores by one factor
+        got, expected = got / got.mean(), expected / expected.mean()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.mean()))
+
+
+def test_value_weight_is_the_squared_output():
+    for kind in ("llama", "llama-odd"):
+        adapter = adapt(shared(kind))
+        heads, dim = adapter.num_kv_heads, adapter.head_dim
+        group = adapter.config.num_attention_heads // heads
+        weight = value_weight(adapter, 1)
+        projection = adapter.layers[1].self_attn.o_proj
+        for head in range(heads):
+            error = normal(dim, seed=head)
+            expected = 0.0
+            for member in range(group):
+                inputs = torch.zeros(heads * group, dim)
+                inputs[head * group + member] = error
+                expected += float(projection(inputs.flatten()).square().sum())
+            got = float(error.double() @ weight[head] @ error.double())
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_value_weight_without_an_output_projection():
+    model = build()
+    del model.model.layers[1].self_attn.o_proj
+    assert torch.equal(value_weight(adapt(model), 1), torch.eye(16).double().expand(2, 16, 16))
+
+
+def test_metric_is_normalised_and_positive():
+    root = normal(3, 4, 4, dtype=torch.float64)
+    blocks = root @ root.mT
+    metric = Metric.of(7 * blocks, 1e-3)
+    ratio = (metric.blocks - 1e-3 * torch.eye(4)) / blocks
+    torch.testing.assert_close(ratio, ratio.mean().expand(3, 4, 4), rtol=1e-9, atol=0)
+    assert float(metric.matrix.diagonal().mean()) == pytest.approx(1.001)
+    assert metric.matrix[:4, 4:].abs().max() == 0
+    torch.testing.assert_close(metric.roots() @ metric.roots(), metric.blocks)
+    flat = Metric.of(torch.zeros(3, 4, 4, dtype=torch.float64), 1e-3)
+    torch.testing.assert_close(flat.matrix, 1.001 * torch.eye(12, dtype=torch.float64))
+
+
+# --- seeing queries ---------------------------------------------------------------------------------------
+
+
+def _advance(adapter, layers, observer=None):
+    walk = LayerWalk(adapter, TOKENS[:4], 2, torch.device("cpu"))
+    for layer in range(layers):
+        for _ in walk.advance(layer, lambda: None, observer if layer == layers - 1 else None):
+            pass
+    return walk.hidden
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-yarn", "gemma3"])
+def test_queries_are_seen_and_nothing_else_is_changed(kind):
+    model = shared(kind)
+    adapter, layer, seen, projected = adapt(model), 1, [], []
+    attention = adapter.layers[layer].self_attn
+    module = getattr(attention, "q_norm", attention.q_proj)
+    handle = module.register_forward_hook(lambda m, a, out: projected.append(out))
+    with torch.no_grad():
+        model(TOKENS[:4])
+    handle.remove()
+    before = (model.config._attn_implementation, set(ALL_ATTENTION_FUNCTIONS.valid_keys()))
+    with torch.no_grad():
+        hidden = _advance(adapter, layer + 1, seen.append)
+        assert all(torch.equal(a, b) for a, b in zip(hidden, _advance(adapter, layer + 1), strict=True))
+    assert (model.config._attn_implementation, set(ALL_ATTENTION_FUNCTIONS.valid_keys())) == before
+    tables = adapter.rotary_tables(torch.arange(64), layer, torch.float32, torch.device("cpu"))
+    queries = projected[0].reshape(4, 64, -1, adapter.head_dim)
+    if kind == "gemma3":
+        queries = projected[0] if projected[0].shape[1] == 64 else projected[0].transpose(1, 2)
+    expected = torch.stack([rotate(row, tables) for row in queries]).transpose(1, 2)
+    assert [tuple(q.shape) for q in seen] == [(2, *expected.shape[1:])] * 2
+    torch.testing.assert_close(torch.cat(seen), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_is_restored_whatever_happens(implementation):
+    model = build(attn_implementation=implementation)
+    adapter = adapt(model)
+    assert model.config._attn_implementation == implementation
+
+    def fail(query):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _advance(adapter, 1, fail)
+    with pytest.raises(ZeroDivisionError), observed_queries(adapter, 0, fail):
+        raise ZeroDivisionError
+    with (
+        pytest.raises(UnsupportedModelError, match=r"layer 2 .* queries cannot be seen"),
+        observed_queries(adapter, 2, fail),
+    ):
+        pass
+    with observed_queries(adapter, 2, None):
+        assert model.config._attn_implementation == implementation
+    assert model.config._attn_implementation == implementation
+    assert "aquakv_observed" not in ALL_ATTENTION_FUNCTIONS.valid_keys()
+    model(TOKENS[:1])
+
+
+# --- harm -------------------------------------------------------------------------------------------------
+
+
+def _probe(adapter, sequences=2, tokens=62):
+    return [
+        ProbeErrors(
+            {
+                kind: 0.2 * normal(sequences, tokens, adapter.features, seed=2 * i + k)
+                for k, kind in enumerate(("keys", "values"))
+            },
+            {"keys": 0.5 + i, "values": 2.0},
+        )
+        for i in range(len(adapter.compressed_layers))
+    ]
+
+
+def test_harm_is_divergence_per_relative_power():
+    """Disturb the whole model's projections in the first half; look at the second."""
+    model = shared()
+    adapter = adapt(model)
+    tokens, errors = TOKENS[:2], _probe(adapter)
+    with torch.no_grad():
+        harm = measure_harm(adapter, tokens, errors)
+        exact = model(tokens).logits[:, 32:].double().log_softmax(-1)
+        expected = []
+        for layer, probed in enumerate(errors):
+            for kind, projection in (("keys", "k_proj"), ("values", "v_proj")):
+                added = torch.zeros(2, 64, adapter.features)
+                added[:, 2:32] = probed.errors[kind][:, :30]
+                module = getattr(adapter.layers[layer].self_attn, projection)
+                handle = module.register_forward_hook(lambda m, a, out, added=added: out + added)
+                disturbed = model(tokens).logits[:, 32:].double().log_softmax(-1)
+                handle.remove()
+                divergence = (exact.exp() * (exact - disturbed)).sum(-1).mean()
+                expected.append(float(divergence) / probed.relative_power[kind])
+    expected = torch.tensor(expected)
+    assert (expected > 1e-3 * expected.max()).sum() == 5
+    expected = expected.clamp(min=1e-3 * float(expected.max()))
+    got = torch.tensor([layer[kind] for layer in harm for kind in ("keys", "values")])
+    torch.testing.assert_close(got, expected / expected.log().mean().exp(), rtol=1e-2, atol=0)
+
+
+def test_values_that_nobody_reads_do_least_harm():
+    model = build()
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+    adapter = adapt(model)
+    with torch.no_grad():
+        harm = measure_harm(adapter, TOKENS[:2], _probe(adapter))
+    others = [layer[kind] for layer in (harm[0], harm[2]) for kind in layer]
+    most = max(others)
+    for kind in ("keys", "values"):
+        assert harm[1][kind] == pytest.approx(1e-3 * most)
+        assert harm[1][kind] < min(others)
+    logs = torch.tensor([layer[kind] for layer in harm for kind in layer]).log()
+    assert float(logs.mean()) == pytest.approx(0, abs=1e-5)
+
+
+# --- plans ------------------------------------------------------------------------------------------------
+
+
+def _spectra(weights=(1.0, 16.0, 0.1), n=200):
+    return [
+        Spectrum(torch.logspace(1, -3, n, dtype=torch.float64) * (1 + i), weight)
+        for i, weight in enumerate(weights)
+    ]
+
+
+@pytest.mark.parametrize("bits", [0.3, 1.25, 4.0])
+def test_entropy_plan_meets_the_mean_bits(bits):
+    model, spectra = first_model(QuantizerConfig(kind="entropy")), _spectra()
+    plan = entropy_plan(spectra, model, bits)
+    assert plan.theta is None
+    assert plan.model is model
+
+    def each(step):
+        rates = model.mean_lengths()
+        return [expected_bits(s.variances.sqrt() * s.weight**0.5 / step, rates) / 200 for s in spectra]
+
+    assert 0.98 * bits < sum(each(plan.step)) / 3 <= bits * (1 + 1e-9)
+    assert sum(each(plan.step / 1.05)) / 3 > bits
+    alike = [Spectrum(spectra[0].variances, weight) for weight in (0.1, 1.0, 16.0)]
+    step = entropy_plan(alike, model, bits).step
+    shares = [expected_bits(s.variances.sqrt() * s.weight**0.5 / step, model.mean_lengths()) for s in alike]
+    assert all(a < b for a, b in pairwise(shares))
+
+
+@pytest.mark.parametrize("arithmetic", [True, False])
+@pytest.mark.parametrize("bits", [0.3, 2.0, 4.5])
+def test_fixed_rate_plan_meets_the_mean_bits(bits, arithmetic):
+    allocation = AllocationConfig(kind="water-filling", bits=bits, widths=(1, 2, 4, 8))
+    quantizer = QuantizerConfig(kind="scalar", arithmetic=arithmetic)
+    options = level_options(allocation, quantizer)
+    assert options[0] == [0, 1, 2, 4, 8]
+    spectra = _spectra()
+    plan = fixed_rate_plan(spectra, allocation, quantizer)
+    assert (plan.step, plan.model) == (None, None)
+
+    def mean(theta):
+        widths = [widths_at(s.variances * s.weight, *options, theta).double().mean() for s in spectra]
+        return float(torch.stack(widths).mean())
+
+    assert bits - 0.02 < mean(plan.theta) <= bits  # one coefficient's step is at most 4 / 600
+    assert mean(plan.theta * (1 - 1e-9)) > bits
+    assert mean(plan.theta / 2) > bits
+
+
+def test_important_layers_get_more_bits():
+    for name, kind in (("storage", "entropy"), ("decode", "scalar")):
+        model = build()
+        model.model.layers[1].self_attn.o_proj.weight.zero_()  # its keys and values have no effect
+        codec = calibrate(model, TOKENS, config(name))
+        bits = [layer["bits_per_value"] for layer in codec.calibration["layers"]]
+        weights = [layer["importance"] for layer in codec.calibration["layers"]]
+        assert codec.config.quantizer.kind == kind
+        for part in ("keys", "values"):
+            assert weights[1][part] < min(weights[0][part], weights[2][part])
+        assert bits[1] < min(bits[0], bits[2])
+
+
+# --- whole calibrations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [0.75, 1.25, 3.0])
+def test_storage_codecs_land_near_the_asked_bits(bits):
+    codec = calibrate(shared(), random_tokens(48, 64, seed=3), config("storage", bits))
+    parts = [part for layer in codec.layers for part in (layer.keys, layer.values)]
+    # A byte of scale for every token comes on top, by definition.
+    mean = sum(float(part.quantizer.rate_bits) - 8 for part in parts) / (32 * len(parts))
+    assert mean == pytest.approx(bits, rel=0.1)
+    assert codec.bits_per_value == pytest.approx(mean + 8 / 32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-odd"])
+@pytest.mark.parametrize("bits", [0.75, 2.0, 4.0])
+def test_decode_codecs_never_exceed_the_asked_bits_by_more_than_whole_bytes(kind, bits):
+    codec = calibrate(shared(kind), TOKENS, config("decode", bits))
+    parts = [part for layer in codec.layers for part in (layer.keys, layer.values)]
+    features = codec.layers[0].features
+    total = sum(int(part.quantizer.widths.sum()) for part in parts)
+    assert total <= bits * features * len(parts) + 4 * len(parts)
+    assert total == pytest.approx(bits * features * len(parts), rel=0.1)
+    stored = sum(part.quantizer.bytes_per_token for part in parts)
+    assert 8 * stored == total + 8 * sum(len(part.quantizer.widths) > 0 for part in parts)
+
+
+@pytest.mark.parametrize("name", ["paper", "storage", "decode"])
+def test_calibration_is_deterministic_and_independent_of_company(name, tmp_path):
+    alone = calibrate(build(), TOKENS, config(name))
+    assert_same_tensors(alone, calibrate(build(), TOKENS, config(name)), tmp_path)
+    # The first that weighs layers measures for all: it must be this one.
+    order = [name, *(other for other in ("higgs", "decode", "storage", "paper") if other != name)]
+    together = calibrate_many(build(), TOKENS, {other: config(other) for other in order})
+    assert list(together) == order
+    assert [codec.config.preset for codec in together.values()] == order
+    assert_same_tensors(alone, together[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["storage", "decode"])
+@pytest.mark.parametrize("observed", [2, 12])
+def test_little_memory_means_two_walks(name, observed, monkeypatch):
+    seen = []
+    whole = calibrate(shared(), TOKENS, config(name), progress=seen.append)
+    assert seen[-1].done == seen[-1].total == len(seen)
+    walks, walk = [], Observer.walk
+    # Keys and values of three layers, 32 floats each, for 64 tokens; but never fewer than two sequences.
+    sequence = 2 * 3 * 32 * 4 * 64
+    monkeypatch.setattr(calibration_module, "MOST_OBSERVED_BYTES", observed * sequence if observed > 2 else 1)
+    monkeypatch.setattr(Observer, "walk", lambda self, t: walks.append(len(t)) or walk(self, t))
+    few = []
+    codec = calibrate(shared(), TOKENS, config(name), progress=few.append)
+    assert sorted(walks) == [observed, 16]
+    assert few[-1].done == few[-1].total == len(few)
+    assert codec.calibration["tokens"] == TOKENS.numel()
+    # The fit itself saw all sequences, only the plan did not.
+    for mine, theirs in zip(codec.layers, whole.layers, strict=True):
+        torch.testing.assert_close(mine.keys.mean, theirs.keys.mean, atol=1e-6, rtol=0)
+    if observed > 2:
+        assert codec.bits_per_value == pytest.approx(whole.bits_per_value, rel=0.15)
