@@ -1,9 +1,10 @@
-"""Quality of the presets on the demo model: the table behind ``quality-demo.json``.
+"""Quality of the presets on many kinds of text: the table behind ``quality-demo.json``.
 
     python benchmarks/quality.py --data-dir DIR --out benchmarks/results/quality-demo.json
 
-Calibrates on wikitext2:validation and evaluates on wikitext2:test, all codecs against the exact cache on the
-same tokens in one run.
+Calibrates all codecs on the same tokens, a mix in equal parts, and evaluates them against the exact cache on
+the same tokens in one run. ``--data`` takes ``SOURCE,SAMPLES,SEQ_LEN``. LongBench's multi_news and GSM8K are
+of kinds that calibration has none of.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import time
 from pathlib import Path
 
 from aquakv import Quality, calibrate_many, evaluate_quality, preset
-from aquakv.config import PredictorConfig
+from aquakv.config import CodecConfig, PredictorConfig
 from aquakv.data import token_sequences
 from aquakv.evaluation.results import quality_fields, write_benchmark
 from aquakv.models.loading import load_model
 
-CONFIGS = {
+CONFIGS: dict[str, CodecConfig] = {
     "higgs 2 bit": preset("higgs", 2),
     "higgs 2 bit, mean not subtracted": dataclasses.replace(
         preset("higgs", 2), predictor=PredictorConfig(kind="none")
@@ -27,7 +28,22 @@ CONFIGS = {
     "paper 2 bit": preset("paper", 2),
     "paper 3 bit": preset("paper", 3),
     "paper 4 bit": preset("paper", 4),
+    "storage 2.1 bit": preset("storage", 2.1),
+    "storage 1.2 bit": preset("storage", 1.2),
+    "storage 0.95 bit": preset("storage", 0.95),
+    "storage 0.7 bit": preset("storage", 0.7),
+    "decode 2.1 bit": preset("decode", 2.1),
+    "decode 1.62 bit": preset("decode", 1.62),
 }
+
+DATA = [
+    "wikitext2:test,32,2048",
+    "wikitext2:test,4,8192",
+    "pydoc:test,14,2048",
+    "stdlib:test,16,2048",
+    "longbench/multi_news,16,2048",
+    "gsm8k:test,16,2048",
+]
 
 
 def describe(name: str, quality: Quality) -> str:
@@ -44,57 +60,59 @@ def main() -> None:
     )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--calibration", default="wikitext2:validation")
-    parser.add_argument("--data", nargs="+", default=["wikitext2:test"])
-    parser.add_argument("--calibration-samples", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--dtype", nargs="+", default=["float32"])
-    parser.add_argument("--protocol", nargs="+", default=["single-pass"])
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument(
+        "--calibration", nargs="+", default=["wikitext2:validation", "pydoc:train", "stdlib:train"]
+    )
+    parser.add_argument("--calibration-samples", type=int, default=48)
+    parser.add_argument("--calibration-seq-len", type=int, default=2048)
+    parser.add_argument("--data", nargs="+", default=DATA, metavar="SOURCE,SAMPLES,SEQ_LEN")
+    parser.add_argument("--only", nargs="+", default=None, metavar="CONTESTANT")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--protocol", default="single-pass")
+    parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens evaluated at once")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    configs = {name: CONFIGS[name] for name in options.only or CONFIGS}
+    loaded = load_model(options.model, options.dtype, options.device)
+    tokens = token_sequences(
+        options.calibration,
+        loaded.tokenizer,
+        options.calibration_samples,
+        options.calibration_seq_len,
+        options.data_dir,
+    )
+    started = time.perf_counter()
+    codecs = calibrate_many(loaded.model, tokens, configs, activation_device="model")
+    print(f"calibrated {len(codecs)} codecs in {time.perf_counter() - started:.1f} s", flush=True)
     rows = []
-    for dtype in options.dtype:
-        loaded = load_model(options.model, dtype, options.device)
-        tokens = token_sequences(
-            [options.calibration],
-            loaded.tokenizer,
-            options.calibration_samples,
-            options.seq_len,
-            options.data_dir,
-        )
+    for spec in options.data:
+        data, samples, seq_len = spec.split(",")
+        evaluated = token_sequences([data], loaded.tokenizer, int(samples), int(seq_len), options.data_dir)
         started = time.perf_counter()
-        codecs = calibrate_many(loaded.model, tokens, CONFIGS, activation_device="model")
-        print(
-            f"{dtype}: calibrated {len(codecs)} codecs in {time.perf_counter() - started:.1f} s", flush=True
+        qualities = evaluate_quality(
+            loaded.model,
+            evaluated,
+            codecs,
+            protocol=options.protocol,
+            batch_size=max(1, options.batch_tokens // int(seq_len)),
         )
-        for data in options.data:
-            evaluated = token_sequences(
-                [data], loaded.tokenizer, options.samples, options.seq_len, options.data_dir
-            )
-            for protocol in options.protocol:
-                started = time.perf_counter()
-                qualities = evaluate_quality(
-                    loaded.model, evaluated, codecs, protocol=protocol, batch_size=options.batch_size
-                )
-                elapsed = time.perf_counter() - started
-                setting = {
-                    "model": options.model,
-                    "calibration": options.calibration,
-                    "calibration_tokens": tokens.numel(),
-                    "data": data,
-                    "seq_len": options.seq_len,
-                    "samples": options.samples,
-                    "dtype": dtype,
-                    "protocol": protocol,
-                }
-                print(f"{data}, {dtype}, {protocol}: {elapsed:.0f} s")
-                for name, quality in qualities.items():
-                    rows.append({"contestant": name, **setting, **quality_fields(quality)})
-                    print(describe(name, quality), flush=True)
-    write_benchmark(options.out, rows)
+        setting = {
+            "model": options.model,
+            "calibration": options.calibration,
+            "calibration_tokens": tokens.numel(),
+            "data": data,
+            "unseen": data.split(":")[0] not in {name.split(":")[0] for name in options.calibration},
+            "seq_len": int(seq_len),
+            "samples": int(samples),
+            "dtype": options.dtype,
+            "protocol": options.protocol,
+        }
+        print(f"{spec}: {time.perf_counter() - started:.0f} s")
+        for name, quality in qualities.items():
+            rows.append({"contestant": name, **setting, **quality_fields(quality)})
+            print(describe(name, quality), flush=True)
+        write_benchmark(options.out, rows)
 
 
 if __name__ == "__main__":
