@@ -1,6 +1,10 @@
-"""Figures for two CPU cores: calibration time, one decode step against the exact cache, resident memory.
+"""Figures for two CPU cores: calibration, encoding and decoding, one decode step, resident memory.
 
-python benchmarks/speed_cpu.py --data-dir DIR --out benchmarks/results/speed-cpu.json
+    python benchmarks/speed_cpu.py --data-dir DIR --out benchmarks/results/speed-cpu.json
+
+``encode`` and ``decode`` rows are for one layer, to and from codes as they are kept (entropy-coded where the
+preset does so), ``--coded-tokens`` tokens at once; with the most memory that PyTorch's allocator had handed
+out meanwhile beyond what was there before. Their floor is what a copy of the vectors would take.
 """
 
 from __future__ import annotations
@@ -8,17 +12,29 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from fidelity import compare_bytes
+from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, DynamicCache
 
 from aquakv import AquaCache, ModelCodec, calibrate, preset
+from aquakv.calibration.walk import LayerWalk
+from aquakv.codec import History, LayerCodec, Reconstruction
 from aquakv.data import token_sequences
 from aquakv.evaluation.results import write_benchmark
+from aquakv.models.adapter import adapt
 from aquakv.models.loading import LoadedModel, load_model
+
+PRESETS = {
+    "paper 2 bit": preset("paper", 2),
+    "decode 2 bit": preset("decode", 2),
+    "storage 2 bit": preset("storage", 2),
+    "storage 1 bit": preset("storage", 1),
+}
 
 
 def main() -> None:
@@ -26,35 +42,141 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--calibration-samples", type=int, default=64)
+    parser.add_argument("--calibration-samples", type=int, default=8)
+    parser.add_argument("--coded-tokens", type=int, default=1920)
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(2)
     loaded = load_model("demo", "bfloat16", "cpu")
-    tokens = token_sequences(
-        ["wikitext2:validation"], loaded.tokenizer, options.calibration_samples, 2048, options.data_dir
-    )
+    sources = ["wikitext2:validation", "pydoc:train", "stdlib:train"]
+    samples = max(4, options.calibration_samples)
+    tokens = token_sequences(sources, loaded.tokenizer, samples, 2048, options.data_dir)
     rows = [prefill_row(loaded, tokens)]
-    started = time.perf_counter()
-    codec = calibrate(loaded.model, tokens, preset("paper", 2), batch_size=1)
-    seconds = time.perf_counter() - started
-    rows.append(
-        {
-            "contestant": "paper 2 bit",
-            "phase": "calibration",
-            "tokens": tokens.numel(),
-            "seconds": seconds,
-            "tokens_per_second": tokens.numel() / seconds,
-            "ratio_to_prefill": seconds / (rows[0]["seconds"] * len(tokens)),
-        }
-    )
-    rows.append(compare_bytes(loaded, codec, tokens[:4]))
-    rows.extend(decode_rows(loaded, {"paper 2 bit": codec}, tokens, options.context, options.repeats))
-    for row in rows:
+    codecs: dict[str, ModelCodec] = {}
+    calibrated = tokens[: options.calibration_samples]
+    for name, config in PRESETS.items():
+        started = time.perf_counter()
+        codecs[name] = calibrate(loaded.model, calibrated, config)
+        seconds = time.perf_counter() - started
+        rows.append(
+            {
+                "contestant": name,
+                "phase": "calibration",
+                "tokens": calibrated.numel(),
+                "seconds": seconds,
+                "tokens_per_second": calibrated.numel() / seconds,
+                "ratio_to_prefill": seconds / (rows[0]["seconds"] * len(calibrated)),
+            }
+        )
+        print(rows[-1], flush=True)
+    rows.append(compare_bytes(loaded, codecs["paper 2 bit"], tokens[:4]))
+    observed = list(observe(loaded, tokens[:1], options.coded_tokens))
+    for name, codec in codecs.items():
+        rows.extend(codec_rows(name, codec, observed, options.repeats))
+        print(rows[-2], rows[-1], sep="\n", flush=True)
+    rows.extend(decode_rows(loaded, codecs, tokens, options.context, options.repeats))
+    for row in rows[-1 - len(codecs) :]:
         print(row)
     write_benchmark(options.out, rows)
+
+
+def observe(
+    loaded: LoadedModel, tokens: torch.Tensor, coded_tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield every layer's keys and values ``[coded_tokens, features]``."""
+    walk = LayerWalk(adapt(loaded.model), tokens, 1, loaded.model.device)
+    for layer in walk.adapter.compressed_layers:
+        with torch.no_grad():
+            ((keys, values),) = walk.advance(layer, lambda: None)
+        yield keys[0, 4 : 4 + coded_tokens], values[0, 4 : 4 + coded_tokens]
+
+
+def codec_rows(
+    name: str, codec: ModelCodec, observed: list[tuple[torch.Tensor, torch.Tensor]], repeats: int
+) -> list[dict[str, Any]]:
+    """Time encoding and decoding of whole blocks of tokens at the layers in the middle of the model."""
+    block, times, peaks = codec.config.window.block_tokens, {"encode": [], "decode": []}, [0, 0]
+    middle = len(codec.layers) // 2
+    history: History = ()
+    for index, (layer, (keys, values)) in enumerate(zip(codec.layers, observed, strict=True)):
+
+        def encode(
+            layer: LayerCodec = layer,
+            keys: torch.Tensor = keys,
+            values: torch.Tensor = values,
+            history: History = history,
+        ) -> Any:
+            codes, hat = layer.encode(keys, values, history)
+            return layer.seal(codes, block), hat
+
+        kept, hat = encode()
+        narrow = tuple(Reconstruction(*(part.to(keys.dtype) for part in one)) for one in history)
+
+        def decode(
+            layer: LayerCodec = layer, kept: Any = kept, narrow: History = narrow, dtype: Any = keys.dtype
+        ) -> Any:
+            return layer.reconstruct(layer.unseal(kept, block), narrow, dtype)
+
+        if abs(index - middle) <= 1:
+            for number, (phase, call) in enumerate((("encode", encode), ("decode", decode))):
+                for _ in range(repeats):
+                    started = time.perf_counter()
+                    call()
+                    times[phase].append(1e3 * (time.perf_counter() - started))
+                peaks[number] = max(peaks[number], peak_bytes(call))
+        history = layer.extend(history, hat)
+    tokens = len(observed[0][0])
+    copied = 2 * tokens * codec.fingerprint.features * observed[0][0].element_size()
+    floor = copy_ms(observed[middle])
+    rows = []
+    for phase, peak in zip(times, peaks, strict=True):
+        quantiles = statistics.quantiles(times[phase], n=10)
+        median = statistics.median(times[phase])
+        rows.append(
+            {
+                "contestant": name,
+                "phase": f"{phase} one layer",
+                "tokens": tokens,
+                "median_ms": median,
+                "p20_ms": quantiles[1],
+                "p80_ms": quantiles[7],
+                "tokens_per_second_and_layer": 1e3 * tokens / median,
+                "peak_bytes": peak,
+                "peak_bytes_per_token": peak / tokens,
+                "exact_bytes": copied,
+                "copy_ms": floor,
+                "bits_per_value": codec.bits_per_value,
+            }
+        )
+    return rows
+
+
+def copy_ms(tensors: tuple[torch.Tensor, ...]) -> float:
+    """Return the median time of a copy of the exact keys and values."""
+    times = []
+    for _ in range(50):
+        started = time.perf_counter()
+        for tensor in tensors:
+            tensor.clone()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Return the most memory that the allocator has handed out during a call, beyond that before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    held = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def prefill_row(loaded: LoadedModel, tokens: torch.Tensor) -> dict[str, Any]:

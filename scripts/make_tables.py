@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the committed results; ``--check`` only compares.
+"""Write the tables of README.md and docs/variants.md from the committed results; ``--check`` only compares.
 
     python scripts/make_tables.py [--check]
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,58 +24,144 @@ def rows(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return content, content["rows"]
 
 
-def increase(row: dict[str, Any]) -> str:
-    return f"{100 * row['relative_increase']:+.2f} ± {100 * row['relative_increase_stderr']:.2f} %"
+#: What the columns are called; other data by their name.
+TITLES = {
+    "wikitext2:test": "WikiText-2",
+    "pydoc:test": "Python documentation",
+    "stdlib:test": "Python source",
+    "longbench/multi_news": "news",
+    "gsm8k:test": "school mathematics",
+}
+
+
+def by_contestant(all_rows: list[dict[str, Any]]) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
+    """Return rows by contestant, then by data and sequence length."""
+    found: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in all_rows:
+        found.setdefault(row["contestant"], {})[row["data"], row["seq_len"]] = row
+    return found
+
+
+def title(row: dict[str, Any], lengths: set[int]) -> str:
+    """Return a column's title: the data, its length where several are there, and whether it is unseen."""
+    name = TITLES.get(row["data"], row["data"])
+    if row["seq_len"] != min(lengths):
+        name += f", {row['seq_len']}"
+    return name + ("*" if row.get("unseen") else "")
 
 
 def quality() -> str:
     content, all_rows = rows("quality-demo")
-    chosen = [row for row in all_rows if row["dtype"] == "float32" and row["protocol"] == "single-pass"]
-    first = chosen[0]
+    contestants = by_contestant(all_rows)
+    columns = list(next(iter(contestants.values())).values())
+    first = columns[0]
+    lengths = {row["seq_len"] for row in columns}
+    titles = [title(row, lengths) for row in columns]
     lines = [
-        "| cache | bits per value | perplexity | increase | mean KL (nats) | same top token |",
-        "| --- | --- | --- | --- | --- | --- |",
-        f"| exact | 32 | {first['baseline_perplexity']:.3f} | | | |",
+        f"| cache | bits per value | {' | '.join(titles)} | mean KL (nats) | same top token |",
+        "| --- " * (len(titles) + 4) + "|",
     ]
-    lines.extend(
-        f"| {row['contestant']} | {row['bits_per_value']:.3f} | {row['perplexity']:.3f} | "
-        f"{increase(row)} | {row['mean_kl']:.5f} | {100 * row['top1_agreement']:.2f} % |"
-        for row in chosen
+    for name, found in contestants.items():
+        main = found[first["data"], first["seq_len"]]
+        increases = [f"{100 * row['relative_increase']:+.2f} %" for row in found.values()]
+        lines.append(
+            f"| {name} | {main['bits_per_value']:.3f} | {' | '.join(increases)} | "
+            f"{main['mean_kl']:.4f} | {100 * main['top1_agreement']:.1f} % |"
+        )
+    evaluated = ", ".join(
+        f"{row['samples']} × {row['seq_len']} tokens of {row['data']}"
+        f" (± {100 * max(f[key]['relative_increase_stderr'] for f in contestants.values()):.2f} at most)"
+        for key, row in next(iter(contestants.values())).items()
     )
-    evaluated = f"{first['samples']} × {first['seq_len']} tokens of {first['data']}"
-    calibrated = f"{first['calibration_tokens']:,} tokens of {first['calibration']}"
     lines.append("")
     lines.append(
-        f"SmolLM2-135M-Instruct, {evaluated}, calibrated on {calibrated}; {first['dtype']}, "
-        f"{content['device']}."
+        f"Increase of perplexity over the exact cache. SmolLM2-135M-Instruct, calibrated in equal parts on "
+        f"{first['calibration_tokens']:,} tokens of {', '.join(first['calibration'])}; * marks a "
+        f"kind of text that calibration had none of. Bits, KL and agreement on the first column's text. "
+        f"{evaluated}; {first['dtype']}, {content['device']}."
     )
+    return "\n".join(lines)
+
+
+def variants() -> str:
+    _, all_rows = rows("variants-demo")
+    columns = list(dict.fromkeys((row["data"], row["seq_len"]) for row in all_rows))
+    titles = [TITLES.get(data, data) for data, _ in columns]
+    lines = [
+        f"| preset | variant | setting | bits per value | {' | '.join(titles)} | kept |",
+        "| --- " * (len(titles) + 5) + "|",
+    ]
+    groups: dict[tuple[str, ...], dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in all_rows:
+        key = (row["family"], row["contestant"], row["remark"])
+        groups.setdefault(key, {})[row["data"], row["seq_len"]] = row
+    for (family, name, remark), found in groups.items():
+        one = next(iter(found.values()))
+        cells = [
+            f"{100 * found[column]['relative_increase']:+.2f} %" if column in found else ""
+            for column in columns
+        ]
+        kept = "yes" if one["kept"] else ""
+        lines.append(
+            f"| {family} | {name} | {remark} | {one['bits_per_value']:.2f} | {' | '.join(cells)} | {kept} |"
+        )
     return "\n".join(lines)
 
 
 def speed() -> str:
     content, all_rows = rows("speed-cpu")
-    calibration = next(row for row in all_rows if row.get("phase") == "calibration")
-    decode = {row["contestant"]: row for row in all_rows if str(row.get("phase")).startswith("decode")}
-    exact, ours = decode["exact"], decode["paper 2 bit"]
-    _, fidelity = rows("fidelity-demo")
-    size = next(row for row in fidelity if row["contestant"].startswith("bytes"))
+    phases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in all_rows:
+        phases.setdefault(str(row.get("phase")).split()[0], {})[row["contestant"]] = row
+    steps = {row["contestant"]: row for row in all_rows if str(row.get("phase")).startswith("decode step")}
+    coded = {
+        kind: {row["contestant"]: row for row in all_rows if row.get("phase") == f"{kind} one layer"}
+        for kind in ("encode", "decode")
+    }
+    names = list(phases["calibration"])
+
+    def line(title: str, exact: str, figure: Callable[[str], str]) -> str:
+        return f"| {title} | {exact} | {' | '.join(figure(name) for name in names)} |"
+
+    def throughput(kind: str) -> Callable[[str], str]:
+        return lambda name: f"{coded[kind][name]['tokens_per_second_and_layer'] / 1e3:,.0f}"
+
+    def peak(kind: str) -> Callable[[str], str]:
+        return lambda name: f"{coded[kind][name]['peak_bytes_per_token'] / 1024:.1f}"
+
+    any_step, some = steps[names[0]], phases["calibration"][names[0]]
+    values = 16 * 2 * 30 * 192  # bits of a token's exact keys and values: 30 layers of 192 each, bfloat16
     return "\n".join(
         [
-            "| | exact cache | `paper`, 2 bit |",
-            "| --- | --- | --- |",
-            f"| bytes per token | {size['exact_bytes_per_token']:,} | "
-            f"{size['memory_growth_per_token']:,.0f} |",
-            f"| decode step behind {ours['context']} tokens | {exact['median_ms']:.0f} ms | "
-            f"{ours['median_ms']:.0f} ms ({ours['ratio_to_bf16']:.1f} ×) |",
-            f"| calibration on {calibration['tokens']:,} tokens | | {calibration['seconds']:.0f} s "
-            f"({calibration['ratio_to_prefill']:.2f} × the forward pass alone) |",
+            f"| | exact cache | {' | '.join(names)} |",
+            "| --- " * (len(names) + 2) + "|",
+            line(
+                "bytes per token",
+                f"{values // 8:,}",
+                lambda name: f"{coded['encode'][name]['bits_per_value'] * values / 16 / 8:,.0f}",
+            ),
+            line(
+                f"calibration on {some['tokens']:,} tokens, s",
+                "",
+                lambda name: f"{phases['calibration'][name]['seconds']:.0f}",
+            ),
+            line("encoding, thousand tokens a second per layer", "", throughput("encode")),
+            line("decoding, thousand tokens a second per layer", "", throughput("decode")),
+            line("encoding, KiB of scratch and results per token", "", peak("encode")),
+            line("decoding, KiB of scratch and results per token", "", peak("decode")),
+            line(
+                f"decode step behind {any_step['context']} tokens, ms",
+                f"{steps['exact']['median_ms']:.0f}",
+                lambda name: f"{steps[name]['median_ms']:.0f} ({steps[name]['ratio_to_bf16']:.1f} ×)",
+            ),
             "",
-            f"bfloat16; times on {content['device']}; bytes as the allocator counts them.",
+            f"bfloat16; {coded['encode'][names[0]]['tokens']} tokens coded at once; times on "
+            f"{content['device']}.",
         ]
     )
 
 
-TABLES = {"quality": quality, "speed": speed}
+TABLES = {"quality": quality, "speed": speed, "variants": variants}
 
 
 def main() -> None:
@@ -84,7 +171,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = []
-    for path in (ROOT / "README.md",):
+    for path in (ROOT / "README.md", ROOT / "docs" / "variants.md"):
         old = path.read_text(encoding="utf-8")
         new = re.sub(
             r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",

@@ -138,13 +138,24 @@ def guarded_codec(kind="llama", limit=1e-12, fraction=0.25):
     return ModelCodec(dataclasses.replace(codec.config, guard=guard), codec.fingerprint, layers)
 
 
-#: What every codec has to do: the presets, and one whose guard keeps a quarter of its tokens exact.
-VARIANTS = (*PRESETS, "guarded")
+@functools.cache
+def two_stage_codec(kind="llama", first=5):
+    """Return a codec like the decode preset's, whose keys are transformed in two stages."""
+    config = preset("decode", 3)
+    transform = dataclasses.replace(config.transform, key_scope="two-stage", first_stage=first)
+    config = dataclasses.replace(config, window=WINDOW, transform=transform)
+    return calibrate(shared(kind), random_tokens(8, 48, seed=1), config)
+
+
+#: What every codec has to do: the presets, one whose guard keeps a quarter of its tokens exact, and one whose
+#: transform has more coefficients than there are values.
+VARIANTS = (*PRESETS, "guarded", "two-stage")
 
 
 def variant(name, kind="llama"):
     """Return a codec of `VARIANTS`."""
-    return guarded_codec(kind) if name == "guarded" else codec_for(kind, name)
+    others = {"guarded": guarded_codec, "two-stage": two_stage_codec}
+    return others[name](kind) if name in others else codec_for(kind, name)
 
 
 def feed(model, cache, tokens, sizes, mask=None):

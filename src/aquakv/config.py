@@ -22,7 +22,7 @@ PredictorKind = Literal["none", "mean", "linear"]
 KeyInput = Literal["previous_keys", "previous_values"]
 ValueInput = Literal["keys", "previous_keys", "previous_values"]
 TransformKind = Literal["hadamard", "identity", "klt"]
-TransformScope = Literal["all-heads", "head"]
+TransformScope = Literal["all-heads", "head", "two-stage"]
 AllocationKind = Literal["equal", "water-filling"]
 Importance = Literal["equal", "measured"]
 QuantizerKind = Literal["grid", "scalar", "entropy"]
@@ -102,7 +102,10 @@ class TransformConfig:
         Upper bound on the group of ``hadamard`` and ``identity``; the largest divisor of the vector's length
         up to this is used, so that no padding is ever stored (arXiv:2411.17525 pads, and stores the padding).
     key_scope, value_scope
-        Whether ``klt`` mixes the coordinates of ``all-heads`` or stays within each ``head``.
+        Whether ``klt`` mixes the coordinates of ``all-heads``, stays within each ``head``, or first takes
+        what heads have in common and then what is left in each (``two-stage``).
+    first_stage
+        Coefficients of the first of two stages, over all heads.
     metric_floor
         Identity added to the (normalised) weight of the norm, so that no direction is free.
     shrinkage
@@ -113,6 +116,7 @@ class TransformConfig:
     max_group_size: int = 1024
     key_scope: TransformScope = "all-heads"
     value_scope: TransformScope = "all-heads"
+    first_stage: int = 16
     metric_floor: float = 1e-3
     shrinkage: float = 0.0
 
@@ -122,10 +126,24 @@ class TransformConfig:
                 f"transform.max_group_size: expected a whole number from 1 to {MAX_GROUP_SIZE}, "
                 f"got {self.max_group_size}"
             )
+        if not 0 <= self.first_stage <= MAX_GROUP_SIZE:
+            raise ConfigError(
+                f"transform.first_stage: expected a whole number from 0 to {MAX_GROUP_SIZE}, "
+                f"got {self.first_stage}"
+            )
         if not (math.isfinite(self.metric_floor) and self.metric_floor > 0):
             raise ConfigError(f"transform.metric_floor: expected a number > 0, got {self.metric_floor}")
         if not 0 <= self.shrinkage < 1:
             raise ConfigError(f"transform.shrinkage: expected 0 <= x < 1, got {self.shrinkage}")
+
+    def scope(self, kind: str) -> TransformScope:
+        """Return the scope for ``keys`` or ``values``."""
+        return self.key_scope if kind == "keys" else self.value_scope
+
+    def most_coefficients(self, kind: str, features: int) -> int:
+        """Return how many coefficients ``klt`` can have for vectors of ``features`` coordinates."""
+        extra = self.first_stage if self.scope(kind) == "two-stage" else 0
+        return features + min(extra, features)
 
 
 @dataclass(frozen=True)

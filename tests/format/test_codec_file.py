@@ -24,7 +24,7 @@ from aquakv.codec.model import build_published_codec
 from aquakv.config import PRESETS
 from aquakv.errors import CodecFileError, CodecMismatchError, OutputError
 from aquakv.models.adapter import adapt
-from tiny_models import build, codec_for, same_bits
+from tiny_models import build, codec_for, same_bits, variant
 
 
 def _golden_codec():
@@ -54,14 +54,14 @@ GOLDEN_JSON = (
     '"threshold": null}, "predictor": {"first_layer_values": false, "history": 1, "key_inputs": '
     '["previous_keys"], "key_rank": null, "kind": "linear", "ridge": 0.001, "value_inputs": ["keys", '
     '"previous_values"], "value_rank": null}, "preset": "paper", "quantizer": {"arithmetic": true, '
-    '"grid_dim": 2, "kind": "grid", "rate_weight": 0.1}, "transform": {"key_scope": "all-heads", "kind": '
-    '"hadamard", "max_group_size": 1024, "metric_floor": 0.001, "shrinkage": 0.0, "value_scope": '
-    '"all-heads"}, "window": {"block_tokens": 8, "recent_window": 0, "sink_tokens": 2}}, "fingerprint": '
-    '{"architecture": "llama", "compressed_layers": [0, 2], "head_dim": 4, "layer_hashes": ["00ff", '
-    '"a1b2"], "num_kv_heads": 1, "num_layers": 3, "rotary": {"rope_theta": 10000.0}}, "format": '
+    '"grid_dim": 2, "kind": "grid", "rate_weight": 0.1}, "transform": {"first_stage": 16, "key_scope": '
+    '"all-heads", "kind": "hadamard", "max_group_size": 1024, "metric_floor": 0.001, "shrinkage": 0.0, '
+    '"value_scope": "all-heads"}, "window": {"block_tokens": 8, "recent_window": 0, "sink_tokens": 2}}, '
+    '"fingerprint": {"architecture": "llama", "compressed_layers": [0, 2], "head_dim": 4, "layer_hashes": '
+    '["00ff", "a1b2"], "num_kv_heads": 1, "num_layers": 3, "rotary": {"rope_theta": 10000.0}}, "format": '
     '"aquakv-codec", "format_version": 2}'
 )
-GOLDEN_CHECKSUM = "fb715d25fb6f9cae14c35b8345328e53bb903c15e35f433444ef99d94ed11f87"
+GOLDEN_CHECKSUM = "7fa8cedeff8ad7dd2b13bc8c6f6ba08830c7ab3b1eaaf0cb9edc3bc02787f9db"
 
 
 @pytest.fixture(scope="module")
@@ -670,6 +670,22 @@ def test_no_more_coefficients_than_features(tmp_path, preset_name):
         tensors[at + last] = torch.ones(40, dtype=torch.uint8)
 
     _refused(_rewrite(source, tmp_path / "bad", edit_tensors=widen), "at most 32 coefficients, got 40")
+
+
+def test_two_stages_can_have_as_many_more_as_the_first_one_has(tmp_path):
+    variant("two-stage").save(tmp_path / "good")
+    loaded = ModelCodec.load(tmp_path / "good")
+    assert loaded.config.transform.most_coefficients("keys", 32) == 32 + 5
+    assert loaded.config.transform.most_coefficients("values", 32) == 32
+
+    def widen(tensors):
+        for name, shape in (("analysis", (32, 38)), ("synthesis", (38, 32)), ("deviations", (38,))):
+            tensors[f"layers.1.keys.{name}"] = torch.ones(shape)
+        tensors["layers.1.keys.widths"] = torch.ones(38, dtype=torch.uint8)
+
+    _refused(
+        _rewrite(tmp_path / "good", tmp_path / "bad", edit_tensors=widen), "at most 37 coefficients, got 38"
+    )
 
 
 def test_a_small_file_cannot_make_huge_matrices(golden, tmp_path):

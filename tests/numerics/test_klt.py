@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from aquakv.errors import ConfigError, InputError, ShapeError
-from aquakv.numerics import shrink_covariance, symmetric_root, weighted_klt
+from aquakv.numerics import shrink_covariance, symmetric_root, two_stage_klt, weighted_klt
 
 
 def spd(n: int, seed: int, rank: int | None = None, decay: float = 0.7) -> torch.Tensor:
@@ -132,3 +132,64 @@ def test_bad_input_is_refused():
     for matrices in ((eye, -eye), (-eye, eye), (eye, mixed), (mixed, eye), (eye * float("nan"), eye)):
         with pytest.raises(InputError):
             weighted_klt(*matrices)
+
+
+# --- two stages -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "blocks", "first"), [(24, 3, 5), (24, 3, 0), (24, 24, 4), (32, 4, 32), (6, 1, 2)]
+)
+def test_two_stages_are_complete_and_their_errors_add_up(n, blocks, first):
+    covariance, metric, floor = spd(n, 2) + 0.01 * torch.eye(n).double(), spd(n, 3, decay=0.9), 1e-2
+    klt = two_stage_klt(covariance, metric, blocks, first, floor)
+    assert klt.forward.shape == (n, first + n)
+    assert klt.inverse.shape == (first + n, n)
+    assert bool((klt.variances.diff() <= 0).all())
+    forward, inverse = klt.forward.double(), klt.inverse.double()
+    assert torch.allclose(forward @ inverse, torch.eye(n).double(), atol=2e-5)
+
+    width = n // blocks
+    of_first = klt.block_of == -1
+    assert int(of_first.sum()) == first
+    assert sorted(klt.block_of[~of_first].tolist()) == sorted(list(range(blocks)) * width)
+    # A coefficient of the second stage is decoded within its head.
+    outside = (torch.arange(n)[:, None] // width != klt.block_of) & ~of_first
+    assert bool((klt.inverse.T[outside] == 0).all())
+
+    # Each coefficient has the variance that it says; stages are uncorrelated; so is each head in itself.
+    moments = forward.T @ covariance @ forward
+    tolerance = 3e-6 * float(klt.variances[0])
+    assert torch.allclose(moments.diagonal(), klt.variances, atol=tolerance)
+    one_group = (klt.block_of[:, None] == klt.block_of) | of_first | of_first[:, None]
+    assert float((moments - moments.diagonal().diag())[one_group].abs().max()) < tolerance
+
+    # The metric's squared error of independent errors is the sum of their squares.
+    blocked = (metric / metric.diagonal().mean()) * torch.block_diag(*[torch.ones(width, width)] * blocks)
+    lengths = (inverse @ (blocked + floor * torch.eye(n).double()) @ inverse.T).diagonal()
+    assert torch.allclose(lengths, torch.ones(first + n).double(), atol=1e-5)
+
+
+def test_a_first_stage_of_nothing_is_the_transform_per_head():
+    covariance, metric = spd(24, 6), spd(24, 7)
+    plain, staged = weighted_klt(covariance, metric, 3), two_stage_klt(covariance, metric, 3, 0)
+    assert torch.allclose(plain.variances, staged.variances, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(plain.forward, staged.forward, atol=1e-5)
+
+
+def test_a_first_stage_takes_what_heads_have_in_common():
+    # Two heads that are nearly copies: one coefficient for both leaves next to nothing in each.
+    head = spd(4, 8, rank=1)
+    covariance = torch.cat([torch.cat([head, head], 1)] * 2) + 1e-4 * torch.eye(8).double()
+    eye = torch.eye(8).double()
+    apart = weighted_klt(covariance, eye, 2).variances
+    staged = two_stage_klt(covariance, eye, 2, 1).variances
+    assert float(apart[1]) > 0.4 * float(staged[0])
+    assert float(staged[1]) < 1e-3 * float(staged[0])
+
+
+@pytest.mark.parametrize("first", [-1, 5])
+def test_a_first_stage_out_of_range_is_refused(first):
+    eye = torch.eye(4).double()
+    with pytest.raises(ConfigError, match="0 to 4"):
+        two_stage_klt(eye, eye, 2, first)

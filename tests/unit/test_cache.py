@@ -61,7 +61,7 @@ def _pad_left(rows):
 
 def _one_pass(model, codec, tokens, window=WINDOW):
     adapter = adapt(model)
-    with torch.no_grad(), single_pass(adapter, codec, window, tokens.shape[1]) as cache:
+    with torch.no_grad(), single_pass(adapter, codec, window) as cache:
         return model(tokens, past_key_values=cache, use_cache=True).logits
 
 
@@ -231,7 +231,7 @@ def test_streaming_equals_single_pass(kind, name, bits):
     model = shared(kind, F64)
     codec = guarded_codec(kind) if name == "guarded" else codec_for(kind, name, bits)
     tokens = random_tokens(2, 43, seed=7)
-    with torch.no_grad(), single_pass(adapt(model), codec, WINDOW, 43) as once:
+    with torch.no_grad(), single_pass(adapt(model), codec, WINDOW) as once:
         expected = model(tokens, past_key_values=once, use_cache=True).logits
     assert (expected - model(tokens).logits).abs().max() > 1e-3  # or there is nothing to compare
     blocks = [10, *[8] * 4, 1]  # ends where the cache compresses

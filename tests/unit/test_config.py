@@ -45,7 +45,7 @@ def configs(draw):
     adaptive = draw(st.booleans())
     bits = st.floats(0.05, 8) if adaptive else st.integers(1, 8).map(float)
     rank = st.none() | st.integers(1, 10**6)
-    scope = st.sampled_from(["all-heads", "head"])
+    scope = st.sampled_from(["all-heads", "head", "two-stage"])
     return CodecConfig(
         preset=draw(st.text(max_size=9)),
         predictor=draw(
@@ -68,6 +68,7 @@ def configs(draw):
                 max_group_size=st.integers(1, 4096),
                 key_scope=scope,
                 value_scope=scope,
+                first_stage=st.integers(0, 4096),
                 metric_floor=POSITIVE,
                 shrinkage=st.floats(0, 1, exclude_max=True),
             )
@@ -231,6 +232,7 @@ def test_from_dict_leaves_its_argument_alone():
         *((PredictorConfig, {"history": value}) for value in (0, 9, -1)),
         *((PredictorConfig, {name: value}) for name in ("key_rank", "value_rank") for value in (0, -3)),
         *((TransformConfig, {"max_group_size": value}) for value in (0, 4097)),
+        *((TransformConfig, {"first_stage": value}) for value in (-1, 4097)),
         *((TransformConfig, {"metric_floor": value}) for value in (0, -1, math.nan, math.inf)),
         *((TransformConfig, {"shrinkage": value}) for value in (-0.1, 1, math.nan)),
         *((AllocationConfig, {"bits": value}) for value in (0.99, 1.5, 8.5)),

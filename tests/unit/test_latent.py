@@ -5,12 +5,13 @@ import torch
 
 from aquakv.codec.latent import latent_steps
 from aquakv.errors import ConfigError
-from tiny_models import codec_for
+from tiny_models import codec_for, variant
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_recursion_equals_the_latent_of_reconstructed_keys(kind):
-    layers = codec_for(kind, "decode", 2).layers
+@pytest.mark.parametrize("name", ["decode", "two-stage"])
+def test_recursion_equals_the_latent_of_reconstructed_keys(kind, name):
+    layers = variant(name, kind).layers
     generator = torch.Generator().manual_seed(0)
     history, latent = (), None
     steps = latent_steps(layers)

@@ -19,6 +19,7 @@ from aquakv.calibration.plan import (
     fixed_rate_plan,
     level_options,
 )
+from aquakv.calibration.planner import Planner
 from aquakv.calibration.sensitivity import ProbeErrors, measure_harm
 from aquakv.calibration.walk import LayerWalk
 from aquakv.config import AllocationConfig, QuantizerConfig
@@ -296,7 +297,7 @@ def test_values_that_nobody_reads_do_least_harm():
 
 def _spectra(weights=(1.0, 16.0, 0.1), n=200):
     return [
-        Spectrum(torch.logspace(1, -3, n, dtype=torch.float64) * (1 + i), weight)
+        Spectrum(torch.logspace(1, -3, n, dtype=torch.float64) * (1 + i), weight, n)
         for i, weight in enumerate(weights)
     ]
 
@@ -314,7 +315,7 @@ def test_entropy_plan_meets_the_mean_bits(bits):
 
     assert 0.98 * bits < sum(each(plan.step)) / 3 <= bits * (1 + 1e-9)
     assert sum(each(plan.step / 1.05)) / 3 > bits
-    alike = [Spectrum(spectra[0].variances, weight) for weight in (0.1, 1.0, 16.0)]
+    alike = [Spectrum(spectra[0].variances, weight, spectra[0].features) for weight in (0.1, 1.0, 16.0)]
     step = entropy_plan(alike, model, bits).step
     shares = [expected_bits(s.variances.sqrt() * s.weight**0.5 / step, model.mean_lengths()) for s in alike]
     assert all(a < b for a, b in pairwise(shares))
@@ -389,6 +390,29 @@ def test_calibration_is_deterministic_and_independent_of_company(name, tmp_path)
     assert list(together) == order
     assert [codec.config.preset for codec in together.values()] == order
     assert_same_tensors(alone, together[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["storage", "decode"])
+def test_trial_fits_see_a_part_of_much_text(name, monkeypatch):
+    whole = calibrate(shared(), TOKENS, config(name))
+    needed = 2 * 7 * 32 if name == "storage" else 12 * 32
+    monkeypatch.setattr(calibration_module, "PLAN_TOKENS", 1)
+    monkeypatch.setattr(calibration_module, "_PLAN_TOKENS_PER_INPUT", 2 if name == "storage" else 12)
+    seen, sizes, trial = [], [], Planner._trial
+
+    def watched(self, *args):
+        sizes.append(sum(self.observations[0].batch_sizes))
+        return trial(self, *args)
+
+    monkeypatch.setattr(Planner, "_trial", watched)
+    codec = calibrate(shared(), TOKENS, config(name), batch_size=2, progress=seen.append)
+    # 64 tokens a sequence, in batches of two.
+    assert sizes == [2 * -(-needed // 128)] * 2
+    assert seen[-1].done == seen[-1].total == len(seen)
+    # All the rest has seen all the text.
+    for mine, theirs in zip(codec.layers, whole.layers, strict=True):
+        torch.testing.assert_close(mine.keys.mean, theirs.keys.mean, atol=1e-6, rtol=0)
+    assert codec.bits_per_value == pytest.approx(whole.bits_per_value, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["storage", "decode"])

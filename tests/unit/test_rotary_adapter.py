@@ -116,7 +116,7 @@ def test_tables_are_the_models_own(kind):
 def test_streaming_equals_single_pass(kind):
     model, codec = shared(kind, torch.float64), codec_for(kind)
     tokens = random_tokens(2, 43, seed=3)
-    with torch.no_grad(), single_pass(adapt(model), codec, WINDOW, 43) as cache:
+    with torch.no_grad(), single_pass(adapt(model), codec, WINDOW) as cache:
         expected = model(tokens, past_key_values=cache, use_cache=True).logits
     assert (expected - model(tokens).logits).abs().max() > 1e-3
     for sizes in ([1] * 43, [10, 8, 8, 3, 5, 8, 1]):
@@ -202,7 +202,7 @@ def test_partial_rotary_embedding_leaves_the_rest_of_the_head():
     cache = AquaCache(model, codec, window=WINDOW)
     logits = feed(model, cache, tokens, [1] * 43)
     assert cache.layout.coded == [40]
-    with single_pass(adapter, codec, WINDOW, 43) as one:
+    with single_pass(adapter, codec, WINDOW) as one:
         expected = model(tokens, past_key_values=one, use_cache=True).logits
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
     # 8-bit codes: relative errors of 0.6 %; keys turned wrongly are off by their own size.

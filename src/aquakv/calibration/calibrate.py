@@ -27,6 +27,11 @@ from aquakv.models.adapter import ModelAdapter, adapt
 #: Keys and values of all layers that are held at once to plan the allocation; beyond, a part must do.
 MOST_OBSERVED_BYTES = 6 << 30
 
+#: Trial fits that plan the allocation see at least this many tokens, and this many per predictor input (with
+#: fewer, residuals look smaller than they are): all text would tell the water level hardly better.
+PLAN_TOKENS = 32768
+_PLAN_TOKENS_PER_INPUT = 24
+
 
 @dataclass(frozen=True)
 class CalibrationProgress:
@@ -128,7 +133,8 @@ def calibrate_many(
     started = time.perf_counter()
     waiting = torch.device("cpu") if activation_device == "cpu" else model.device
     observed = _observed_sequences(adapter, tokens, configs)
-    ticker = _Ticker.of(adapter, sequences, batch_size, observed, configs, progress)
+    trial = _trial_batches(adapter, tokens[:observed], batch_size, configs)
+    ticker = _Ticker.of(adapter, sequences, batch_size, (observed, trial), configs, progress)
     observer = Observer(adapter, batch_size, waiting, ticker, weights=observed > 0)
     fingerprint = adapter.fingerprint()
     plans: dict[str, Plan] = {}
@@ -136,7 +142,9 @@ def calibrate_many(
     stream = observer.walk(tokens)
     if observed:
         observations = list(observer.walk(tokens[:observed]))
-        planner = Planner(adapter, tokens, observations, max(1, observed * held_out // sequences), ticker)
+        few = [observation.head(trial) for observation in observations]
+        tried = sum(few[0].batch_sizes)
+        planner = Planner(adapter, tokens, few, max(1, tried * held_out // sequences), ticker)
         adaptive = {n: c for n, c in configs.items() if c.allocation.kind == "water-filling"}
         plans, harm = planner.plan(adaptive)
         if observed == sequences:
@@ -180,16 +188,20 @@ class _Ticker:
         adapter: ModelAdapter,
         sequences: int,
         batch_size: int,
-        observed: int,
+        planned: tuple[int, int],
         configs: Mapping[str, CodecConfig],
         report: Callable[[CalibrationProgress], None] | None,
     ) -> _Ticker:
-        """Foresee how many ticks a calibration takes."""
+        """Foresee how many ticks a calibration takes.
+
+        ``planned`` are the sequences that are observed at once and the batches that trial fits see.
+        """
+        observed, trial = planned
         num_layers = adapter.compressed_layers[-1] + 1
         batches, few = -(-sequences // batch_size), -(-observed // batch_size)
         sweeps = CodecFit.SWEEPS * len(adapter.compressed_layers)
-        planned = sum(config.allocation.kind == "water-filling" for config in configs.values())
-        total = few * (num_layers + planned * TRIALS * sweeps) + batches * len(configs) * sweeps
+        adaptive = sum(config.allocation.kind == "water-filling" for config in configs.values())
+        total = few * num_layers + trial * adaptive * TRIALS * sweeps + batches * len(configs) * sweeps
         if observed < sequences:
             total += batches * num_layers
         return cls(total, num_layers, report)
@@ -208,6 +220,16 @@ def _observed_sequences(adapter: ModelAdapter, tokens: Tensor, configs: Mapping[
     itemsize = adapter.model.dtype.itemsize
     size = 2 * adapter.features * len(adapter.compressed_layers) * seq_len * itemsize
     return max(min(2, sequences), min(sequences, MOST_OBSERVED_BYTES // size))
+
+
+def _trial_batches(
+    adapter: ModelAdapter, observed: Tensor, batch_size: int, configs: Mapping[str, CodecConfig]
+) -> int:
+    """Return how many batches of the observed sequences, at least two sequences, trial fits see."""
+    sequences, seq_len = observed.shape
+    inputs = max(_most_inputs(config, adapter.features) for config in configs.values())
+    wanted = -(-max(PLAN_TOKENS, _PLAN_TOKENS_PER_INPUT * inputs) // seq_len)
+    return -(-min(sequences, max(2, wanted)) // batch_size)
 
 
 def library_versions() -> dict[str, str]:
@@ -230,8 +252,13 @@ def _check_tokens(tokens: Tensor, adapter: ModelAdapter) -> tuple[int, int]:
     return sequences, seq_len
 
 
+def _most_inputs(config: CodecConfig, features: int) -> int:
+    """Return the number of inputs of a configuration's largest predictor."""
+    return max(predictor_widths(config, features, config.predictor.history).values())
+
+
 def _check_enough(name: str, config: CodecConfig, features: int, tokens: int) -> None:
-    needed = max(1, *predictor_widths(config, features, config.predictor.history).values())
+    needed = max(1, _most_inputs(config, features))
     if tokens < needed:
         raise DataError(
             f"{name or config.preset}: expected at least {needed} calibration tokens beside held-out ones "

@@ -44,12 +44,16 @@ from aquakv.numerics import (
     reduce_rank,
     ridge,
     shrink_covariance,
+    two_stage_klt,
     weighted_klt,
     widths_at,
 )
 
 #: Least standard deviation of a coefficient: constant ones must not divide by zero.
 _LEAST_DEVIATION = 1e-12
+
+#: What the KLT adds to metrics that have their floor already.
+_METRIC_HAS_FLOOR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -331,14 +335,19 @@ class CodecFit:
     ) -> TensorCodec:
         """Fit the transform to the residual and allocate its bits."""
         transform, matrix = self.config.transform, metric.matrix
-        scope = transform.key_scope if kind == "keys" else transform.value_scope
+        scope = transform.scope(kind)
         covariance = _residual_covariance(moments, predictor)
         if transform.shrinkage:
             covariance = shrink_covariance(covariance, transform.shrinkage)
-        blocks = self.fingerprint.num_kv_heads if scope == "head" else None
-        klt = weighted_klt(covariance, matrix, blocks, floor=1e-9)
+        heads, features = self.fingerprint.num_kv_heads, self.fingerprint.features
+        if scope == "two-stage":
+            first = min(transform.first_stage, features)
+            klt = two_stage_klt(covariance, matrix, heads, first, floor=_METRIC_HAS_FLOOR)
+        else:
+            blocks = heads if scope == "head" else None
+            klt = weighted_klt(covariance, matrix, blocks, floor=_METRIC_HAS_FLOOR)
         size = float((matrix * moments.scatter_yy).sum()) / max(moments.count, 1) / len(matrix)
-        spectrum = Spectrum(klt.variances, importance / max(size, 1e-30))
+        spectrum = Spectrum(klt.variances, importance / max(size, 1e-30), features)
         self._spectra.append(spectrum)
         deviations = klt.variances.sqrt().clamp_min(_LEAST_DEVIATION)
         if self.config.quantizer.kind == "scalar":
@@ -368,7 +377,7 @@ class CodecFit:
         widths, distortions = level_options(self.config.allocation, self.config.quantizer)
         theta = self.plan.theta
         if theta is None:
-            one = Spectrum(spectrum.variances, 1.0)
+            one = replace(spectrum, weight=1.0)
             theta = fixed_rate_plan([one], self.config.allocation, self.config.quantizer).theta
             assert theta is not None
             weighted = spectrum.variances
@@ -381,7 +390,7 @@ class CodecFit:
         if self.plan.step is not None:
             return self.plan.step / spectrum.weight**0.5
         assert self._model is not None
-        one = Spectrum(spectrum.variances, 1.0)
+        one = replace(spectrum, weight=1.0)
         step = entropy_plan([one], self._model, self.config.allocation.bits).step
         assert step is not None
         return step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,6 +39,10 @@ class LayerObservation:
     def batch_sizes(self) -> list[int]:
         """Sequences of each batch."""
         return [len(batch) for batch in self.keys]
+
+    def head(self, batches: int) -> LayerObservation:
+        """Return the first batches, with the weights that all tell."""
+        return replace(self, keys=self.keys[:batches], values=self.values[:batches])
 
     def metrics(self, floor: float) -> dict[str, Metric]:
         """Return the normalised weights of errors in keys and in values."""

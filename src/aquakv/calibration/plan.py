@@ -21,13 +21,16 @@ class Spectrum:
     Attributes
     ----------
     variances
-        ``[features]`` float64: of the coefficients, in the metric's norm.
+        ``[coefficients]`` float64: of the coefficients, in the metric's norm.
     weight
         Harm of a unit of that error, relative to other layers and to values against keys.
+    features
+        Values that the coefficients stand for; bits are counted by these.
     """
 
     variances: Tensor
     weight: float
+    features: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def fixed_rate_plan(
     """Return the price at which the widths of all layers together meet the mean bits."""
     widths, distortions = level_options(allocation, quantizer)
     weighted = [spectrum.variances.cpu() * spectrum.weight for spectrum in spectra]
-    return Plan(theta=theta_for(weighted, widths, distortions, allocation.bits))
+    bits = allocation.bits * sum(s.features for s in spectra) / sum(len(s.variances) for s in spectra)
+    return Plan(theta=theta_for(weighted, widths, distortions, bits))
 
 
 def entropy_plan(spectra: Sequence[Spectrum], model: EntropyModel, bits: float) -> Plan:
@@ -89,7 +93,7 @@ def entropy_plan(spectra: Sequence[Spectrum], model: EntropyModel, bits: float) 
         for spectrum in spectra:
             ratio = spectrum.variances.cpu().sqrt() * math.sqrt(spectrum.weight) / step
             total += expected_bits(ratio, rates)
-            count += len(ratio)
+            count += spectrum.features
         low, high = (middle, high) if total > bits * count else (low, middle)
     return Plan(step=math.exp(high), model=model)
 

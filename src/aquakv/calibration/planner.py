@@ -20,7 +20,7 @@ TRIALS = 2
 #: Text that errors are sent through: tokens of each sequence, and one sequence more for every so many tokens.
 PROBE_TOKENS = 512
 _TOKENS_PER_PROBE = 32768
-_MOST_PROBES = 4
+_MOST_PROBES = 2
 
 Harm = list[dict[str, float]]
 

@@ -224,7 +224,7 @@ def _layers_from_tensors(
                 roots = source.take(f"{name}.guard.roots", shape, torch.float32)
                 guard = OutlierGuard(roots, source.positive(f"{name}.guard.limit", (1,)))
             if config.transform.kind == "klt":
-                codecs[kind] = _fitted_codec(source, config, name, mean, predictor, guard, model)
+                codecs[kind] = _fitted_codec(source, config, name, kind, mean, predictor, guard, model)
             else:
                 codecs[kind] = build_published_codec(config, features, index, mean, predictor, guard)
         layers.append(LayerCodec(codecs["keys"], codecs["values"], config.predictor))
@@ -253,15 +253,16 @@ def _fitted_codec(
     source: _Tensors,
     config: CodecConfig,
     name: str,
+    kind: Kind,
     mean: Tensor,
     predictor: AffinePredictor | None,
     guard: OutlierGuard | None,
     model: EntropyModel | None,
 ) -> TensorCodec:
     analysis = source.take(f"{name}.analysis", (len(mean), None), torch.float32)
-    n = analysis.shape[1]
-    if n > len(mean):
-        raise ConfigError(f"tensor {name}.analysis: expected at most {len(mean)} coefficients, got {n}")
+    n, most = analysis.shape[1], config.transform.most_coefficients(kind, len(mean))
+    if n > most:
+        raise ConfigError(f"tensor {name}.analysis: expected at most {most} coefficients, got {n}")
     transform = LinearTransform(analysis, source.take(f"{name}.synthesis", (n, len(mean)), torch.float32))
     deviations = source.positive(f"{name}.deviations", (n,))
     if model is None:

@@ -242,7 +242,7 @@ def _stream(
 def _one_pass(
     adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
 ) -> Iterator[tuple[int, Tensor]]:
-    with single_pass(adapter, codec, window, batch.shape[1]) as cache:
+    with single_pass(adapter, codec, window) as cache:
         logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
     quality.coded_bytes += cache.coded_bytes
     quality.coded_values += cache.coded_values

@@ -1,19 +1,21 @@
 """One forward pass that gives what feeding a sequence token by token through the real cache gives.
 
 When query ``t`` is computed token by token, the cache holds ``t`` tokens, of which
-`WindowConfig.coded_tokens` are compressed. So attention over the concatenation of all reconstructions and all
-exact tokens, masked so that every query sees one or the other of each earlier token, is the same thing.
+`WindowConfig.coded_tokens` are compressed. So attention in which every query sees one or the other of each
+earlier token, its reconstruction or its exact value, is the same thing. Queries that see the same codes go
+together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 from aquakv.cache.step import reconstruction_dtype
@@ -22,7 +24,10 @@ from aquakv.codec.guard import choose_outliers
 from aquakv.config import WindowConfig
 from aquakv.errors import UnsupportedModelError
 from aquakv.models.adapter import ModelAdapter
+from aquakv.models.attention import attention_function
 from aquakv.models.rotary import rotate, unrotate
+
+_NAME = "aquakv_single_pass"
 
 
 class _StatelessLayer(DynamicLayer):
@@ -103,42 +108,69 @@ class SinglePassCache(Cache):
 
 
 @contextmanager
-def single_pass(
-    adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, seq_len: int
-) -> Iterator[SinglePassCache]:
-    """Give a cache for one forward pass over sequences of ``seq_len`` tokens, with the mask that it needs."""
+def single_pass(adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig) -> Iterator[SinglePassCache]:
+    """Give a cache for one forward pass over whole sequences, with the attention that it needs."""
     implementation = getattr(adapter.config, "_attn_implementation", "eager")
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"single-pass evaluation needs attn_implementation sdpa or eager, got {implementation!r}; "
             "load the model with one of these or use the streaming protocol"
         )
-    cache = SinglePassCache(adapter, codec, window)
-    mask = attention_mask(window, seq_len, adapter.model.device)
-    if implementation == "eager":
-        dtype = adapter.model.dtype
-        lowest = torch.finfo(dtype).min
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+    handles = []
 
-    def swap_mask(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": mask}
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Any:
+        inner = attention_function(module, implementation)
+        outputs = []
+        for queries, keys in spans(window, query.shape[2], key.shape[2]):
+            parts = [torch.cat([states[:, :, part] for part in keys], 2) for states in (key, value)]
+            mask = _mask(queries, parts[0].shape[2], query, implementation)
+            outputs.append(inner(module, query[:, :, queries], *parts, mask, **kwargs)[0])
+        return torch.cat(outputs, 1), None
 
-    attentions: list[Any] = [adapter.layers[i].self_attn for i in adapter.compressed_layers]
-    handles = [module.register_forward_pre_hook(swap_mask, with_kwargs=True) for module in attentions]
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        _config(adapter, module)._attn_implementation = _NAME
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _config(adapter, module)._attn_implementation = implementation
+
+    AttentionInterface.register(_NAME, attend)
     try:
-        yield cache
+        # Only while these modules run: masks for other layers are made by the name of the implementation.
+        for index in adapter.compressed_layers:
+            attention: Any = adapter.layers[index].self_attn
+            handles.append(attention.register_forward_pre_hook(begin))
+            handles.append(attention.register_forward_hook(end, always_call=True))
+        yield SinglePassCache(adapter, codec, window)
     finally:
         for handle in handles:
             handle.remove()
+        AttentionInterface._global_mapping.pop(_NAME, None)
 
 
-def attention_mask(window: WindowConfig, seq_len: int, device: torch.device) -> Tensor:
-    """Return what each query may see, ``[1, 1, seq_len, coded + seq_len]`` bool: codes, then tokens."""
-    query = torch.arange(seq_len, device=device)[:, None]
-    coded = torch.tensor([window.coded_tokens(t) for t in range(seq_len)], device=device)[:, None]
-    page = torch.arange(window.coded_tokens(seq_len - 1), device=device)[None]
-    token = torch.arange(seq_len, device=device)[None]
-    is_coded = (token >= window.sink_tokens) & (token < window.sink_tokens + coded)
-    return torch.cat([page < coded, (token <= query) & ~is_coded], 1)[None, None]
+def _config(adapter: ModelAdapter, attention: nn.Module) -> Any:
+    return getattr(attention, "config", adapter.config)
+
+
+def spans(window: WindowConfig, seq_len: int, columns: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Yield runs of queries that see the same codes, and which of ``[codes ; tokens]`` they see.
+
+    The last of the columns that they see are the queries' own tokens.
+    """
+    first_token, sinks = columns - seq_len, window.sink_tokens
+    for coded, run in groupby(range(seq_len), window.coded_tokens):
+        queries = list(run)
+        start, stop = queries[0], queries[-1] + 1
+        seen = [slice(0, coded), slice(first_token, first_token + sinks)] if coded else []
+        rest = sinks + coded if coded else 0
+        yield slice(start, stop), [*seen, slice(first_token + rest, first_token + stop)]
+
+
+def _mask(queries: slice, columns: int, like: Tensor, implementation: str) -> Tensor:
+    """Return the causal mask ``[1, 1, queries, columns]``: the last columns are the queries' own tokens."""
+    count = queries.stop - queries.start
+    earlier = torch.arange(columns, device=like.device)[None] - (columns - count)
+    mask = (earlier <= torch.arange(count, device=like.device)[:, None])[None, None]
+    if implementation != "eager":
+        return mask
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, lowest)

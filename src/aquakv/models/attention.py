@@ -17,6 +17,13 @@ from aquakv.models.adapter import ModelAdapter
 _NAME = "aquakv_observed"
 
 
+def attention_function(attention: nn.Module, implementation: str) -> Any:
+    """Return the function that an attention module calls under the name ``implementation``."""
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    return getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+
+
 @contextmanager
 def observed_queries(
     adapter: ModelAdapter, layer_idx: int, observer: Callable[[Tensor], None] | None
@@ -45,10 +52,7 @@ def observed_queries(
         observer(query)
         return inner(module, query, *args, **kwargs)
 
-    if original in ALL_ATTENTION_FUNCTIONS:
-        inner: Any = ALL_ATTENTION_FUNCTIONS[original]
-    else:
-        inner = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+    inner = attention_function(attention, original)
     AttentionInterface.register(_NAME, observe)
     config._attn_implementation = _NAME
     try:

@@ -1,7 +1,7 @@
 """Numerical building blocks that know nothing of codecs or models."""
 
 from aquakv.numerics.grids import GaussianGrid, available_grids, load_grid
-from aquakv.numerics.klt import WeightedKlt, shrink_covariance, symmetric_root, weighted_klt
+from aquakv.numerics.klt import WeightedKlt, shrink_covariance, symmetric_root, two_stage_klt, weighted_klt
 from aquakv.numerics.least_squares import AffineMap, explained_variance, ridge
 from aquakv.numerics.moments import StreamingMoments
 from aquakv.numerics.orthogonal import hadamard, orthogonal_matrix
@@ -39,6 +39,7 @@ __all__ = [
     "shrink_covariance",
     "symmetric_root",
     "theta_for",
+    "two_stage_klt",
     "uniform_step",
     "unit_distortions",
     "unpack",

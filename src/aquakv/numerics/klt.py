@@ -102,6 +102,82 @@ def weighted_klt(
     InputError
         If a matrix holds NaN or infinity, or is clearly not positive semi-definite.
     """
+    count = _check_arguments(covariance, metric, blocks, floor)
+    metric = _normalised(metric)
+    mean_variance = float(covariance.diagonal().mean())
+    forward, inverse = torch.zeros_like(metric), torch.zeros_like(metric)
+    variances = metric.new_zeros(len(metric))
+    width = len(metric) // count
+    for block in range(count):
+        part = slice(block * width, (block + 1) * width)
+        root, unroot = _floored_roots(metric[part, part], floor)
+        spectrum, basis = _spectrum(root @ covariance[part, part] @ root, "covariance", mean_variance)
+        forward[part, part] = root @ basis
+        inverse[part, part] = basis.T @ unroot
+        variances[part] = spectrum
+    return _ordered(forward, inverse, variances, torch.arange(len(metric), device=metric.device) // width)
+
+
+def two_stage_klt(
+    covariance: Tensor, metric: Tensor, blocks: int, first: int, floor: float = 1e-3
+) -> WeightedKlt:
+    """Compute a transform of ``first`` coefficients over all blocks, then block by block of what they leave.
+
+    The first stage takes what heads have in common; all further coefficients stay within a head. There are
+    ``first`` coefficients more than coordinates: ``x @ forward @ inverse`` is x, not the other way round.
+    Errors of coefficients that are uncorrelated still add up in the metric: the squared error is the sum of
+    theirs, as every row of ``inverse`` has length 1 in the metric.
+
+    Parameters
+    ----------
+    covariance, metric, floor
+        As for `weighted_klt`.
+    blocks
+        Equal diagonal blocks (heads) that the second stage stays in.
+    first
+        Coefficients of the first stage, from 0 to ``n``.
+
+    Returns
+    -------
+    WeightedKlt
+        ``forward`` ``[n, first + n]``, ``inverse`` ``[first + n, n]``, ``variances`` ``[first + n]``
+        descending; ``block_of`` is -1 for coefficients of the first stage.
+
+    Raises
+    ------
+    ConfigError, ShapeError, InputError
+        As `weighted_klt`; ConfigError also if ``first`` is out of range.
+    """
+    count = _check_arguments(covariance, metric, blocks, floor)
+    size = len(metric)
+    if not 0 <= first <= size:
+        raise ConfigError(f"klt: expected a first stage of 0 to {size} coefficients, got {first}")
+    metric = _normalised(metric)
+    width = size // count
+    roots = [
+        _floored_roots(metric[part, part], floor)
+        for part in (slice(start, start + width) for start in range(0, size, width))
+    ]
+    root, unroot = (torch.block_diag(*parts) for parts in zip(*roots, strict=True))
+    white = root @ covariance @ root
+    spectrum, basis = _spectrum(white, "covariance", float(covariance.diagonal().mean()))
+    common = basis[:, size - first :]
+    rest = torch.eye(size, dtype=torch.float64, device=metric.device) - common @ common.T
+    left = rest @ white @ rest
+    forward, inverse = [root @ common], [common.T @ unroot]
+    variances, block_of = [spectrum[size - first :]], [torch.full((first,), -1, device=metric.device)]
+    for block in range(count):
+        part = slice(block * width, (block + 1) * width)
+        own, vectors = _spectrum(left[part, part], "covariance", float(white.diagonal().mean()))
+        forward.append(root @ rest[:, part] @ vectors)
+        inverse.append(vectors.T @ unroot[part])
+        variances.append(own)
+        block_of.append(torch.full((width,), block, device=metric.device))
+    return _ordered(torch.cat(forward, 1), torch.cat(inverse), torch.cat(variances), torch.cat(block_of))
+
+
+def _check_arguments(covariance: Tensor, metric: Tensor, blocks: int | None, floor: float) -> int:
+    """Return the number of blocks."""
     if not (math.isfinite(floor) and floor > 0):
         raise ConfigError(f"klt: expected a floor > 0, got {floor}")
     if covariance.shape != metric.shape or covariance.device != metric.device:
@@ -117,34 +193,34 @@ def weighted_klt(
     count = 1 if blocks is None else blocks
     if count < 1 or size % count:
         raise ConfigError(f"klt: expected blocks that divide {size} coordinates, got {blocks}")
+    return count
 
+
+def _normalised(metric: Tensor) -> Tensor:
+    """Return a metric over its mean diagonal; the identity for zeros."""
     if not bool(metric.any()):
-        metric = torch.eye(size, dtype=torch.float64, device=metric.device)
+        return torch.eye(len(metric), dtype=torch.float64, device=metric.device)
     scale = float(metric.diagonal().mean())
-    metric = metric / scale if scale > 0 else metric
-    mean_variance = float(covariance.diagonal().mean())
-    forward, inverse = torch.zeros_like(metric), torch.zeros_like(metric)
-    variances = metric.new_zeros(size)
-    width = size // count
-    for block in range(count):
-        part = slice(block * width, (block + 1) * width)
-        # Validated before the floor is added, which would hide a negative metric.
-        values, vectors = _spectrum(metric[part, part], "metric", 1.0)
-        root = _power(values + floor, vectors, 0.5)
-        unroot = _power(values + floor, vectors, -0.5)
-        spectrum, basis = _spectrum(root @ covariance[part, part] @ root, "covariance", mean_variance)
-        analysis, synthesis = root @ basis, basis.T @ unroot
-        peak = analysis.gather(0, analysis.abs().argmax(0, keepdim=True))
-        sign = torch.where(peak < 0, -1.0, 1.0).to(torch.float64)
-        forward[part, part] = analysis * sign
-        inverse[part, part] = synthesis * sign.T
-        variances[part] = spectrum
+    return metric / scale if scale > 0 else metric
+
+
+def _floored_roots(metric: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Return root and inverse root of a block of a normalised metric plus ``floor`` times the identity."""
+    # Validated before the floor is added, which would hide a negative metric.
+    values, vectors = _spectrum(metric, "metric", 1.0)
+    return _power(values + floor, vectors, 0.5), _power(values + floor, vectors, -0.5)
+
+
+def _ordered(forward: Tensor, inverse: Tensor, variances: Tensor, block_of: Tensor) -> WeightedKlt:
+    """Sort coefficients by variance and fix their signs."""
+    peak = forward.gather(0, forward.abs().argmax(0, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(torch.float64)
     order = variances.argsort(descending=True, stable=True)
     return WeightedKlt(
-        forward=forward[:, order].to(torch.float32),
-        inverse=inverse[order].to(torch.float32),
+        forward=(forward * sign)[:, order].to(torch.float32),
+        inverse=(inverse * sign.T)[order].to(torch.float32),
         variances=variances[order],
-        block_of=order // width,
+        block_of=block_of[order],
     )
 
 
