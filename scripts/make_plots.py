@@ -8,7 +8,6 @@ variants that were tried on the way, kept and discarded.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import matplotlib as mpl
@@ -87,18 +86,6 @@ def variants() -> None:
                 label=f"{family}, {'kept' if kept else 'discarded'}",
                 zorder=3,
             )
-    # Equal loss for a quarter of the squared error per bit: what a variant must beat to be worth its bits.
-    anchor = min(chosen, key=lambda row: row["relative_increase"] * 4 ** row["bits_per_value"])
-    low, high = (f(row["bits_per_value"] for row in chosen) for f in (min, max))
-    grid = [low * (high / low) ** (i / 50) for i in range(51)]
-    loss = 100 * anchor["relative_increase"]
-    ax.plot(
-        grid,
-        [loss * math.pow(4, anchor["bits_per_value"] - bits) for bits in grid],
-        ":",
-        color="0.5",
-        label="slope of the rate-distortion bound, 4^-bits",
-    )
     ax.legend()
     save(ax, "variants")
 

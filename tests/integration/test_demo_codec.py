@@ -26,14 +26,15 @@ def demo():
 @pytest.fixture(scope="module")
 def codecs(demo):
     tokens = token_sequences(["pydoc:train", "stdlib:train"], demo.tokenizer, 8, 1024)
-    configs = {"higgs 2": preset("higgs", 2), "paper 2": preset("paper", 2), "paper 8": preset("paper", 8)}
+    names = {"higgs": [2], "paper": [2, 8], "decode": [2], "storage": [1.25]}
+    configs = {f"{name} {b}": preset(name, b) for name, bits in names.items() for b in bits}
     return calibrate_many(demo.model, tokens, configs, batch_size=1)
 
 
 @pytest.fixture(scope="module")
 def codec_file(codecs, tmp_path_factory):
     path = tmp_path_factory.mktemp("codec") / "codec.safetensors"
-    codecs["paper 2"].save(path)
+    codecs["decode 2"].save(path)
     return path
 
 
@@ -58,6 +59,18 @@ def test_predictors_recover_most_of_what_plain_quantisation_loses(demo, codecs):
     assert 0.9 < paper.top1_agreement < 1
 
 
+def test_transform_coding_loses_less_at_fewer_bits(demo, codecs):
+    tokens = token_sequences(["pydoc:test"], demo.tokenizer, 2, 1024)
+    chosen = {name: codecs[name] for name in ("paper 2", "decode 2", "storage 1.25")}
+    results = evaluate_quality(demo.model, tokens, chosen, protocol="single-pass")
+    paper, decode, storage = (results[name] for name in chosen)
+    assert 1.95 < decode.bits_per_value < 2.08
+    assert 1.15 < storage.bits_per_value < 1.35
+    assert codecs["storage 1.25"].bits_per_value == pytest.approx(storage.bits_per_value, rel=0.08)
+    assert 0 < decode.mean_kl < 0.7 * paper.mean_kl
+    assert 0 < storage.mean_kl < 0.7 * paper.mean_kl
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_eight_bit_grids_do_not_change_greedy_text(demo, codecs, batch_size):
     prompts = recite_prompts(4)
@@ -71,6 +84,19 @@ def test_eight_bit_grids_do_not_change_greedy_text(demo, codecs, batch_size):
         ours = demo.model.generate(**inputs, **settings, past_key_values=cache)
         assert cache.footprint().coded_values > 0
         assert torch.equal(exact, ours)
+
+
+def test_a_cache_of_entropy_codes_generates_what_the_exact_one_does(demo, codecs):
+    """At 1.25 bits a passage that has just been read is still recited word by word."""
+    inputs = demo.tokenizer(recite_prompts(1), return_tensors="pt")
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    exact = demo.model.generate(**inputs, **settings)
+    cache = AquaCache(demo.model, codecs["storage 1.25"])
+    ours = demo.model.generate(**inputs, **settings, past_key_values=cache)
+    footprint = cache.footprint()
+    assert torch.equal(exact, ours)
+    assert 1 < footprint.bits_per_value < 1.6
+    assert footprint.coded_values > 0
 
 
 def test_the_compressed_region_holds_what_was_predicted(demo, codecs):
