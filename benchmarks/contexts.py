@@ -2,10 +2,10 @@
 
     python benchmarks/contexts.py CODEC --data-dir DIR --out benchmarks/results/contexts-demo.json
 
-Encodes text with a storage codec. On a third of the sequences, frequencies of levels are learned for every class
-of coefficients and context; on the others their code length is compared with that of the codec's own tables. A
-context is a mean magnitude of neighbouring levels, in six steps: of the same coefficient at the tokens before,
-of the coefficients before, or of both. Needs no coder: it is the ideal length.
+Encodes text with a storage codec. On a third of the sequences, frequencies of levels are learned for every
+class of coefficients and context; on the others their code length is compared with that of the codec's own
+tables. A context is a mean magnitude of neighbouring levels, in six steps: of the same coefficient at the
+tokens before, of the coefficients before, or of both. Needs no coder: it is the ideal length.
 """
 
 from __future__ import annotations

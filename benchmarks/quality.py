@@ -26,11 +26,11 @@ CONFIGS: dict[str, CodecConfig] = {
     "higgs 2 bit": preset("higgs", 2),
     "paper 2 bit": preset("paper", 2),
     "paper 3 bit": preset("paper", 3),
-    "storage 2.1 bit": preset("storage", 2.1),
-    "storage 1.18 bit": preset("storage", 1.18),
-    "storage 0.94 bit": preset("storage", 0.94),
-    "decode 2.14 bit": preset("decode", 2.14),
-    "decode 1.64 bit": preset("decode", 1.64),
+    "storage 2.09 bit": preset("storage", 2.09),
+    "storage 1.15 bit": preset("storage", 1.15),
+    "storage 0.91 bit": preset("storage", 0.91),
+    "decode 2.13 bit": preset("decode", 2.13),
+    "decode 1.63 bit": preset("decode", 1.63),
 }
 
 DATA = [
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--calibration", nargs="+", default=["wikitext2:validation", "pydoc:train", "stdlib:train"]
     )
-    parser.add_argument("--calibration-samples", type=int, default=48)
+    parser.add_argument("--calibration-samples", type=int, default=32)
     parser.add_argument("--calibration-seq-len", type=int, default=2048)
     parser.add_argument("--data", nargs="+", default=DATA, metavar="SOURCE,SAMPLES,SEQ_LEN")
     parser.add_argument("--only", nargs="+", default=None, metavar="CONTESTANT")

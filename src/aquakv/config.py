@@ -354,7 +354,7 @@ def preset(name: str, bits: float | None = None) -> CodecConfig:
         first layer at 4 bits); ``higgs`` (the same without predictors: arXiv:2411.17525 after subtraction
         of each layer's mean, which costs nothing and makes it a stronger baseline); ``storage`` (predictors
         that read keys and values of three earlier layers, weighted KLT over all heads, entropy coding: for
-        caches that are decompressed once per load); ``decode`` (rank-32 key predictor, values from keys only,
+        caches that are decompressed once per load); ``decode`` (rank-64 key predictor, values from keys only,
         KLT of keys within each head, fixed widths: for caches that are attended to while compressed).
     bits
         Mean bits per coefficient; the preset's own (`DEFAULT_BITS`) if None. Fractions for ``storage`` and
@@ -391,7 +391,7 @@ def preset(name: str, bits: float | None = None) -> CodecConfig:
         )
     return CodecConfig(
         preset=name,
-        predictor=PredictorConfig(value_inputs=("keys",), first_layer_values=True, key_rank=32),
+        predictor=PredictorConfig(value_inputs=("keys",), first_layer_values=True, key_rank=64),
         transform=TransformConfig(kind="klt", key_scope="head"),
         allocation=allocation,
         quantizer=QuantizerConfig(kind="scalar"),
