@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--calibration-samples", type=int, default=8)
     parser.add_argument("--coded-tokens", type=int, default=1920)
     parser.add_argument("--context", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -76,8 +76,10 @@ def main() -> None:
     for name, codec in codecs.items():
         rows.extend(codec_rows(name, codec, observed, options.repeats))
         print(rows[-2], rows[-1], sep="\n", flush=True)
-    rows.extend(decode_rows(loaded, codecs, tokens, options.context, options.repeats))
-    for row in rows[-1 - len(codecs) :]:
+    # Codes of storage are decompressed once per load, not at every step.
+    read = {name: codec for name, codec in codecs.items() if codec.config.quantizer.kind != "entropy"}
+    rows.extend(decode_rows(loaded, read, tokens, options.context, options.repeats))
+    for row in rows[-1 - len(read) :]:
         print(row)
     write_benchmark(options.out, rows)
 

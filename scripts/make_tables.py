@@ -152,7 +152,11 @@ def speed() -> str:
             line(
                 f"decode step behind {any_step['context']} tokens, ms",
                 f"{steps['exact']['median_ms']:.0f}",
-                lambda name: f"{steps[name]['median_ms']:.0f} ({steps[name]['ratio_to_bf16']:.1f} ×)",
+                lambda name: (
+                    f"{steps[name]['median_ms']:.0f} ({steps[name]['ratio_to_bf16']:.1f} ×)"
+                    if name in steps
+                    else ""
+                ),
             ),
             "",
             f"bfloat16; {coded['encode'][names[0]]['tokens']} tokens coded at once; times on "
