@@ -116,7 +116,7 @@ def test_what_the_presets_are():
     assert [c.quantizer.kind for c in (paper, storage, decode)] == ["grid", "entropy", "scalar"]
     assert [c.transform.kind for c in (paper, storage, decode)] == ["hadamard", "klt", "klt"]
     assert (storage.predictor.history, decode.predictor.history) == (3, 1)
-    assert (decode.predictor.key_rank, decode.predictor.value_rank) == (32, None)
+    assert (decode.predictor.key_rank, decode.predictor.value_rank) == (64, None)
     assert (decode.predictor.value_inputs, decode.transform.key_scope) == (("keys",), "head")
     assert [preset(name).guard.threshold for name in PRESETS] == [None, None, None, 8.0]
     assert len({preset(name).window for name in PRESETS}) == 1
