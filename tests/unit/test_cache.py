@@ -16,7 +16,7 @@ from aquakv.codec import Reconstruction
 from aquakv.codec.guard import choose_outliers
 from aquakv.config import PRESETS
 from aquakv.errors import CacheStateError, CodecMismatchError, DataError, UnsupportedModelError
-from aquakv.evaluation.single_pass import single_pass
+from aquakv.evaluation.single_pass import SinglePassCache, single_pass, spans
 from aquakv.models.adapter import adapt
 from aquakv.models.rotary import unrotate
 from tiny_models import (
@@ -308,9 +308,50 @@ def test_single_pass_with_eager_attention_agrees_and_leaves_no_hooks(codec):
         _one_pass(eager, codec, tokens), _one_pass(shared("llama", F64), codec, tokens), atol=1e-5, rtol=0
     )
     assert not any(module._forward_pre_hooks for module in eager.modules())
+    assert eager.config._attn_implementation == "eager"
     eager.config._attn_implementation = "flex_attention"
     with pytest.raises(UnsupportedModelError, match="sdpa or eager"):
         _one_pass(eager, codec, tokens)
+
+
+def test_an_interrupted_single_pass_leaves_the_model_as_it_was(codec, monkeypatch):
+    model = build("llama")
+    before = model.config._attn_implementation
+
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SinglePassCache, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _one_pass(model, codec, random_tokens(2, 43))
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        assert torch.isfinite(model(random_tokens(1, 9)).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("sinks", "recent", "block", "seq_len"), [(2, 0, 8, 43), (0, 0, 8, 43), (3, 5, 4, 30), (4, 0, 128, 100)]
+)
+def test_spans_are_what_a_token_by_token_cache_would_hold(sinks, recent, block, seq_len):
+    window = WindowConfig(sinks, recent, block)
+    coded = window.coded_tokens(seq_len - 1)
+    columns = list(
+        range(coded + seq_len)
+    )  # codes first: those of the tokens behind the sinks; then all tokens
+    seen_by = {}
+    for queries, parts in spans(window, seq_len, len(columns)):
+        seen = [column for part in parts for column in columns[part]]
+        own = list(range(seq_len))[queries]
+        assert seen[len(seen) - len(own) :] == [coded + t for t in own]
+        for t in own:
+            seen_by[t] = seen[: len(seen) - (own[-1] - t)]
+    assert sorted(seen_by) == list(range(seq_len))
+    for t, seen in seen_by.items():
+        held = window.coded_tokens(t)
+        tokens = [column + sinks if column < coded else column - coded for column in seen]
+        assert sorted(tokens) == list(range(t + 1))  # each earlier token once
+        assert sum(column < coded for column in seen) == held
 
 
 # --- codes do not depend on how tokens arrive -------------------------------------------------------------

@@ -130,7 +130,7 @@ def single_pass(adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig) 
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         _config(adapter, module)._attn_implementation = _NAME
 
-    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end(module: Any, *_: Any) -> None:
         _config(adapter, module)._attn_implementation = implementation
 
     AttentionInterface.register(_NAME, attend)
@@ -144,6 +144,8 @@ def single_pass(adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig) 
     finally:
         for handle in handles:
             handle.remove()
+        for index in adapter.compressed_layers:  # an interrupt inside a module skips its hooks
+            end(adapter.layers[index].self_attn)
         AttentionInterface._global_mapping.pop(_NAME, None)
 
 

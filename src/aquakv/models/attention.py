@@ -42,7 +42,7 @@ def observed_queries(
         yield
         return
     attention: Any = adapter.layers[layer_idx].self_attn
-    config = getattr(attention, "config", adapter.config)
+    config: Any = getattr(attention, "config", adapter.config)
     original = config._attn_implementation
     seen = False
 
