@@ -199,7 +199,6 @@ def test_progress_counts_to_the_end_and_the_model_is_left_alone():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.xfail(strict=True, reason="a walk's batches are reported under the layer before")
 def test_progress_names_the_layer_at_hand():
     seen = []
     calibrate(shared(), TOKENS, PAPER, batch_size=8, progress=seen.append)

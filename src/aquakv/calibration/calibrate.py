@@ -135,7 +135,7 @@ def calibrate_many(
     observed = _observed_sequences(adapter, tokens, configs)
     trial = _trial_batches(adapter, tokens[:observed], batch_size, configs)
     ticker = _Ticker.of(adapter, sequences, batch_size, (observed, trial), configs, progress)
-    observer = Observer(adapter, batch_size, waiting, ticker, weights=observed > 0)
+    observer = Observer(adapter, batch_size, waiting, ticker, observed > 0, ticker.reach)
     fingerprint = adapter.fingerprint()
     plans: dict[str, Plan] = {}
     harm: list[dict[str, float]] | None = None
@@ -144,7 +144,7 @@ def calibrate_many(
         observations = list(observer.walk(tokens[:observed]))
         few = [observation.head(trial) for observation in observations]
         tried = sum(few[0].batch_sizes)
-        planner = Planner(adapter, tokens, few, max(1, tried * held_out // sequences), ticker)
+        planner = Planner(adapter, tokens, few, max(1, tried * held_out // sequences), ticker, ticker.reach)
         adaptive = {n: c for n, c in configs.items() if c.allocation.kind == "water-filling"}
         plans, harm = planner.plan(adaptive)
         if observed == sequences:
@@ -155,7 +155,7 @@ def calibrate_many(
         for name, config in configs.items()
     }
     for order, observation in enumerate(stream):
-        ticker.layer = observation.layer
+        ticker.reach(observation.layer)
         for fit in fits.values():
             fit_observation(fit, observation, None if harm is None else harm[order])
     shared = {
@@ -205,6 +205,10 @@ class _Ticker:
         if observed < sequences:
             total += batches * num_layers
         return cls(total, num_layers, report)
+
+    def reach(self, layer: int) -> None:
+        """Note that work on a layer begins."""
+        self.layer = layer
 
     def __call__(self) -> None:
         self.done += 1

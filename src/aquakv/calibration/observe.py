@@ -67,6 +67,8 @@ class Observer:
         Called after every batch at every layer.
     weights
         Whether to observe what attention feels of errors.
+    on_layer
+        Called with every layer's index before its first batch.
     """
 
     adapter: ModelAdapter
@@ -74,11 +76,13 @@ class Observer:
     waiting: torch.device
     on_batch: Callable[[], None]
     weights: bool
+    on_layer: Callable[[int], None] = lambda layer: None
 
     def walk(self, tokens: Tensor) -> Iterator[LayerObservation]:
         """Yield an observation of every compressed layer, in order, for tokens ``[sequences, seq_len]``."""
         walk = LayerWalk(self.adapter, tokens, self.batch_size, self.waiting)
         for layer_idx in range(self.adapter.compressed_layers[-1] + 1):
+            self.on_layer(layer_idx)
             observation = self._observe(walk, layer_idx)
             if observation is not None:
                 yield observation

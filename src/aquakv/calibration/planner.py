@@ -41,6 +41,8 @@ class Planner:
         How many of the observed sequences are not fitted.
     on_batch
         Called after every batch of every sweep.
+    on_layer
+        Called with every layer's index before its first batch.
     """
 
     adapter: ModelAdapter
@@ -48,6 +50,7 @@ class Planner:
     observations: Sequence[LayerObservation]
     held_out: int
     on_batch: Callable[[], None]
+    on_layer: Callable[[int], None] = lambda layer: None
 
     def plan(self, configs: Mapping[str, CodecConfig]) -> tuple[dict[str, Plan], Harm | None]:
         """Return each configuration's plan, and the measured harm of errors if one of them asks for it.
@@ -80,6 +83,7 @@ class Planner:
         fingerprint, device = self.adapter.fingerprint(), self.adapter.model.device
         fit = CodecFit(config, fingerprint, split, device, self.on_batch, plan, probe)
         for order, observation in enumerate(self.observations):
+            self.on_layer(observation.layer)
             fit_observation(fit, observation, None if harm is None else harm[order])
         return fit
 
