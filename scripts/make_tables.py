@@ -130,15 +130,15 @@ def speed() -> str:
         return lambda name: f"{coded[kind][name]['peak_bytes_per_token'] / 1024:.1f}"
 
     any_step, some = steps[names[0]], phases["calibration"][names[0]]
-    values = 16 * 2 * 30 * 192  # bits of a token's exact keys and values: 30 layers of 192 each, bfloat16
+    exact_bytes = next(row["exact_bytes_per_token"] for row in all_rows if "exact_bytes_per_token" in row)
     return "\n".join(
         [
             f"| | exact cache | {' | '.join(names)} |",
             "| --- " * (len(names) + 2) + "|",
             line(
                 "bytes per token",
-                f"{values // 8:,}",
-                lambda name: f"{coded['encode'][name]['bits_per_value'] * values / 16 / 8:,.0f}",
+                f"{exact_bytes:,}",
+                lambda name: f"{coded['encode'][name]['bits_per_value'] / 16 * exact_bytes:,.0f}",
             ),
             line(
                 f"calibration on {some['tokens']:,} tokens, s",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -153,18 +154,21 @@ def _config(adapter: ModelAdapter, attention: nn.Module) -> Any:
     return getattr(attention, "config", adapter.config)
 
 
-def spans(window: WindowConfig, seq_len: int, columns: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Yield runs of queries that see the same codes, and which of ``[codes ; tokens]`` they see.
+@lru_cache(maxsize=8)
+def spans(window: WindowConfig, seq_len: int, columns: int) -> tuple[tuple[slice, list[slice]], ...]:
+    """Return runs of queries that see the same codes, and which of ``[codes ; tokens]`` they see.
 
-    The last of the columns that they see are the queries' own tokens.
+    The last of the columns that they see are the queries' own tokens. Alike at all layers, hence kept.
     """
+    found = []
     first_token, sinks = columns - seq_len, window.sink_tokens
     for coded, run in groupby(range(seq_len), window.coded_tokens):
         queries = list(run)
         start, stop = queries[0], queries[-1] + 1
         seen = [slice(0, coded), slice(first_token, first_token + sinks)] if coded else []
         rest = sinks + coded if coded else 0
-        yield slice(start, stop), [*seen, slice(first_token + rest, first_token + stop)]
+        found.append((slice(start, stop), [*seen, slice(first_token + rest, first_token + stop)]))
+    return tuple(found)
 
 
 def _mask(queries: slice, columns: int, like: Tensor, implementation: str) -> Tensor:
