@@ -21,7 +21,7 @@ from torch import Tensor
 from aquakv import ModelCodec
 from aquakv.calibration.walk import LayerWalk
 from aquakv.codec import EncodedVectors, EntropyQuantizer
-from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, NUM_CLASSES
+from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, NUM_TABLES
 from aquakv.data import token_sequences
 from aquakv.evaluation.results import write_benchmark
 from aquakv.models.adapter import adapt
@@ -32,7 +32,7 @@ PRIOR = 64.0  # what the codec's own table counts as, in symbols
 
 
 class Levels(NamedTuple):
-    """Levels ``[sequences, tokens, n]`` of one tensor, and the class of every coefficient ``[n]``."""
+    """Levels ``[sequences, tokens, n]`` of one tensor, and the table of every coefficient ``[n]``."""
 
     classes: Tensor
     levels: Tensor
@@ -70,8 +70,9 @@ def observe(loaded: LoadedModel, codec: ModelCodec, tokens: Tensor) -> list[Leve
         for part, rows in ((layer.keys, codes.keys), (layer.values, codes.values)):
             assert isinstance(part.quantizer, EntropyQuantizer)
             assert isinstance(rows, EncodedVectors)
-            levels = rows.words.view(len(tokens), -1, rows.words.shape[1]).long() - MAX_LEVEL
-            found.append(Levels(part.quantizer.classes.long(), levels))
+            symbols = rows.words[:, : len(part.quantizer.tables)]  # low bits aside: nothing predicts them
+            levels = symbols.view(len(tokens), -1, symbols.shape[1]).long() - MAX_LEVEL
+            found.append(Levels(part.quantizer.tables, levels))
     return found
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     quantizer = codec.layers[0].keys.quantizer
     assert isinstance(quantizer, EntropyQuantizer)
     own = quantizer.model.frequencies.double()
-    assert own.shape == (NUM_CLASSES, ALPHABET)
+    assert own.shape == (NUM_TABLES, ALPHABET)
     bits = quantizer.model.tables.bits.double()
     plain = sum(float(bits[t.classes, t.levels[learned:] + MAX_LEVEL].sum()) for t in tensors)
     values = sum(t.levels[learned:, :, 0].numel() for t in tensors) * codec.fingerprint.features

@@ -88,8 +88,8 @@ def variants() -> str:
     columns = list(dict.fromkeys((row["data"], row["seq_len"]) for row in all_rows))
     titles = [TITLES.get(data, data) for data, _ in columns]
     lines = [
-        f"| preset | variant | setting | bits per value | {' | '.join(titles)} | kept |",
-        "| --- " * (len(titles) + 5) + "|",
+        f"| preset | variant | setting | bits per value | {' | '.join(titles)} | mean KL (nats) | kept |",
+        "| --- " * (len(titles) + 6) + "|",
     ]
     groups: dict[tuple[str, ...], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in all_rows:
@@ -102,9 +102,9 @@ def variants() -> str:
             for column in columns
         ]
         kept = "yes" if one["kept"] else ""
-        lines.append(
-            f"| {family} | {name} | {remark} | {one['bits_per_value']:.2f} | {' | '.join(cells)} | {kept} |"
-        )
+        kl = sum(row["mean_kl"] for row in found.values()) / len(found)
+        bits = f"{one['bits_per_value']:.2f}"
+        lines.append(f"| {' | '.join([family, name, remark, bits, *cells, f'{kl:.4f}', kept])} |")
     return "\n".join(lines)
 
 

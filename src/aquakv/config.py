@@ -388,12 +388,13 @@ def preset(name: str, bits: float | None = None) -> CodecConfig:
             transform=TransformConfig(kind="klt"),
             allocation=allocation,
             quantizer=QuantizerConfig(kind="entropy"),
+            guard=GuardConfig(threshold=16.0),
         )
     return CodecConfig(
         preset=name,
         predictor=PredictorConfig(value_inputs=("keys",), first_layer_values=True, key_rank=64),
         transform=TransformConfig(kind="klt", key_scope="head"),
-        allocation=allocation,
+        allocation=dataclasses.replace(allocation, importance_exponent=0.5),
         quantizer=QuantizerConfig(kind="scalar"),
         guard=GuardConfig(threshold=8.0),
     )

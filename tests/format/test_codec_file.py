@@ -59,9 +59,9 @@ GOLDEN_JSON = (
     '"value_scope": "all-heads"}, "window": {"block_tokens": 8, "recent_window": 0, "sink_tokens": 2}}, '
     '"fingerprint": {"architecture": "llama", "compressed_layers": [0, 2], "head_dim": 4, "layer_hashes": '
     '["00ff", "a1b2"], "num_kv_heads": 1, "num_layers": 3, "rotary": {"rope_theta": 10000.0}}, "format": '
-    '"aquakv-codec", "format_version": 2}'
+    '"aquakv-codec", "format_version": 3}'
 )
-GOLDEN_CHECKSUM = "7fa8cedeff8ad7dd2b13bc8c6f6ba08830c7ab3b1eaaf0cb9edc3bc02787f9db"
+GOLDEN_CHECKSUM = "6e43b38147b09248f0210c432e7629686c73dcc29cbd7aaec38137c48e2300de"
 
 
 @pytest.fixture(scope="module")
@@ -177,16 +177,16 @@ def test_tensors_of_every_preset(fitted):
             expected[at + "analysis"] = (torch.float32, [d, n])
             expected[at + "synthesis"] = (torch.float32, [n, d])
             expected[at + "deviations"] = (torch.float32, [n])
+            expected[at + "guard.roots"] = (torch.float32, [2, 16, 16])
+            expected[at + "guard.limit"] = (torch.float32, [1])
             if fitted.name == "decode":
                 expected[at + "widths"] = (torch.uint8, [n])
-                expected[at + "guard.roots"] = (torch.float32, [2, 16, 16])
-                expected[at + "guard.limit"] = (torch.float32, [1])
             else:
                 expected[at + "classes"] = (torch.uint8, [n])
                 expected[at + "step"] = expected[at + "rate_bits"] = (torch.float32, [1])
     if fitted.name == "storage":
-        expected["entropy.frequencies"] = (torch.int32, [45, 255])
-        expected["entropy.points"] = (torch.float32, [45, 128])
+        expected["entropy.frequencies"] = (torch.int32, [29, 255])
+        expected["entropy.points"] = (torch.float32, [29, 128])
     assert {name: (t.dtype, list(t.shape)) for name, t in tensors.items()} == expected
 
 
@@ -397,7 +397,7 @@ def test_metadata_that_is_no_header(golden, tmp_path, text):
     _refused(_rewrite(golden, tmp_path / "bad", raw=text))
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, -1, "2", None, [], 10**30, 1.5])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, -1, "3", None, [], 10**30, 1.5])
 def test_other_format_version(golden, tmp_path, version):
     path = _rewrite(golden, tmp_path / "bad", lambda h: h.update(format_version=version))
     _refused(path, "version.*update aquakv or calibrate again")
@@ -615,7 +615,7 @@ def _move(frequencies):
     ("preset_name", "name", "change"),
     [
         ("storage", "entropy.frequencies", lambda t: _flip(t, (0, 127), t[0, 127] + 1)),
-        ("storage", "entropy.frequencies", lambda t: _flip(t, (44, 127), t[44, 127] - 1)),
+        ("storage", "entropy.frequencies", lambda t: _flip(t, (28, 127), t[28, 127] - 1)),
         ("storage", "entropy.frequencies", torch.zeros_like),
         ("storage", "entropy.frequencies", _move),
         ("storage", "layers.0.keys.classes", lambda t: _flip(t, 0, NUM_CLASSES)),

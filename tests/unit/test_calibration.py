@@ -228,10 +228,9 @@ def test_fitted_codecs_are_those_of_their_residuals(name):
             mixed = head[:, None] == head if name == "decode" and part is layer.keys else covariance > -2
             error = (covariance - torch.eye(len(covariance)))[mixed]
             assert error.abs().max() < tolerance
-            if part.guard is not None:
-                mean = part.guard.weighted_error((centred - got)[fitted]).mean()
-                assert float(part.guard.limit) == pytest.approx(8 * float(mean), rel=0.02)
-        assert (layer.keys.guard is None) == (name == "storage")
+            mean = part.guard.weighted_error((centred - got)[fitted]).mean()
+            threshold = {"decode": 8, "storage": 16}[name]
+            assert float(part.guard.limit) == pytest.approx(threshold * float(mean), rel=0.02)
         history = layer.extend(history, hat)
 
 

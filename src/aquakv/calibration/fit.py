@@ -24,7 +24,6 @@ from aquakv.calibration.sensitivity import ProbeErrors, relative_power
 from aquakv.calibration.walk import Batches
 from aquakv.codec import (
     AffinePredictor,
-    EncodedVectors,
     EntropyQuantizer,
     LayerCodec,
     LinearTransform,
@@ -34,9 +33,8 @@ from aquakv.codec import (
     ScalarQuantizer,
     TensorCodec,
 )
-from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, EntropyModel, LevelStatistics, spread_class
+from aquakv.codec.entropy import EntropyModel, LevelStatistics, spread_class
 from aquakv.codec.model import KINDS, build_published_codec
-from aquakv.codec.scalar import SCALES
 from aquakv.config import CodecConfig
 from aquakv.numerics import (
     StreamingMoments,
@@ -421,20 +419,9 @@ class CodecFit:
         if codec.guard is not None and first:
             sweep.weighted_error += float(codec.guard.weighted_error((centred - hat)[:first]).double().sum())
         if isinstance(codec.quantizer, EntropyQuantizer):
-            sweep.code_bits += self._count_levels(codec.quantizer, codes, coefficients, first)
+            codec.quantizer.count(codes.head(first), coefficients[:first], self._statistics)
+            sweep.code_bits += codec.quantizer.code_bits(codes.tail(first))
         return hat.view(batch.shape).to(device=batch.device, dtype=batch.dtype)
-
-    def _count_levels(
-        self, quantizer: EntropyQuantizer, codes: EncodedVectors, coefficients: Tensor, first: int
-    ) -> float:
-        """Add fitted tokens' levels to the statistics; return the held-out tokens' code length in bits."""
-        scale = SCALES.to(self.device)[codes.scales.long()] * quantizer.step
-        levels = (codes.words.long() - MAX_LEVEL).abs()
-        self._statistics.add(quantizer.classes, levels[:first], (coefficients.abs() / scale)[:first])
-        lengths = quantizer.model.tables.bits[quantizer.classes.long()].flatten()
-        start = torch.arange(len(quantizer.classes), device=self.device) * ALPHABET
-        index = codes.words[first:].long() + start
-        return float(lengths[index].sum(dtype=torch.float64)) + 8.0 * len(index)
 
     def _completed(self, codec: TensorCodec, sweep: _Sweep) -> TensorCodec:
         """Return the codec with what only the sweep could tell."""

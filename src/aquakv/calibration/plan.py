@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aquakv.codec.entropy import EntropyModel, LevelStatistics, class_spreads, spread_class
+from aquakv.codec.entropy import NUM_TABLES, EntropyModel, LevelStatistics, class_spreads, spread_class
 from aquakv.config import AllocationConfig, QuantizerConfig
 from aquakv.numerics import theta_for, unit_distortions
 
@@ -65,10 +65,10 @@ def first_model(quantizer: QuantizerConfig) -> EntropyModel:
     generator = torch.Generator().manual_seed(0)
     statistics = LevelStatistics.empty("cpu")
     uniform = torch.rand(4096, 1, generator=generator, dtype=torch.float64)
-    magnitudes = -uniform.log() / math.sqrt(2) * class_spreads()
+    magnitudes = -uniform.log() / math.sqrt(2) * class_spreads()[:NUM_TABLES]
     # The dead zone that a rate term makes is half a step wide and then some.
     levels = (magnitudes + 0.5 - min(0.25, quantizer.rate_weight)).floor().clamp(max=127)
-    statistics.add(torch.arange(len(class_spreads())), levels, magnitudes)
+    statistics.add(torch.arange(NUM_TABLES), levels, magnitudes)
     return EntropyModel.fit(statistics)
 
 

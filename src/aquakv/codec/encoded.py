@@ -18,7 +18,7 @@ class EncodedVectors(NamedTuple):
     ----------
     words
         ``[tokens, …]``: packed codes, int32 words or bytes as the quantiser says; for entropy coding, before
-        it has taken place, one uint8 symbol per coefficient.
+        it has taken place, uint8 symbols.
     scales
         ``[tokens, …]``: scales of each token, float16 or one byte as the quantiser says.
     """
@@ -29,6 +29,10 @@ class EncodedVectors(NamedTuple):
     def head(self, tokens: int) -> EncodedVectors:
         """Return the first tokens."""
         return EncodedVectors(self.words[:tokens], self.scales[:tokens])
+
+    def tail(self, tokens: int) -> EncodedVectors:
+        """Return all but the first tokens."""
+        return EncodedVectors(self.words[tokens:], self.scales[tokens:])
 
     def select(self, pages: Tensor, block_tokens: int) -> EncodedVectors:
         """Return copies of pages of ``block_tokens`` tokens, in the given order (int64 indices)."""

@@ -1,4 +1,9 @@
-"""Fourth stage for storage: one uniform step, levels chosen by rate and distortion, range coding."""
+"""Fourth stage for storage: one uniform step, levels chosen by rate and distortion, range coding.
+
+A coefficient is coded by one symbol, its level, with a table for coefficients of its class. Where the
+deviation is more than 8 steps, levels are too many for a table, and their lowest bits as good as evenly
+distributed: those go as a second symbol, so that no level is out of reach.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,17 @@ from aquakv.codec.scalar import NOT_FINITE, SCALES, scale_codes
 from aquakv.errors import ShapeError
 from aquakv.numerics import EntropyCoded, SymbolTables, rans
 
-#: Largest level of a coefficient; a symbol is the level plus this.
+#: Largest level that a table codes; a symbol is the level plus this.
 MAX_LEVEL = 127
 ALPHABET = 2 * MAX_LEVEL + 1
 
-#: Coefficients are classed by log2(deviation / step), in quarter octaves from -4 to 7.
+#: Coefficients are classed by log2(deviation / step), in quarter octaves from -4 to 10. There are tables up
+#: to 3; beyond, each octave more makes one more bit of the level go as a low bit.
 CLASSES_PER_OCTAVE = 4
 LOWEST_OCTAVE = -4
-NUM_CLASSES = 11 * CLASSES_PER_OCTAVE + 1
+MOST_LOW_BITS = 7
+NUM_TABLES = 7 * CLASSES_PER_OCTAVE + 1
+NUM_CLASSES = NUM_TABLES + MOST_LOW_BITS * CLASSES_PER_OCTAVE
 
 #: Tokens per lane: their four scale bytes are the lane's initial state.
 LANE_TOKENS = 4
@@ -37,9 +45,24 @@ def class_spreads() -> Tensor:
     return torch.exp2(octaves)
 
 
+def low_bits(classes: Tensor) -> Tensor:
+    """Return how many low bits of a level of each class are not coded by a table, int64."""
+    beyond = (classes.long() - (NUM_TABLES - 1)).clamp(min=0)
+    return (beyond + CLASSES_PER_OCTAVE - 1) // CLASSES_PER_OCTAVE
+
+
+def table_of(classes: Tensor) -> Tensor:
+    """Return the table, int64, that codes what is left of each class's levels."""
+    return classes.long() - CLASSES_PER_OCTAVE * low_bits(classes)
+
+
 def most_levels() -> Tensor:
-    """Return the largest level that each class can code, ``[NUM_CLASSES]`` int64."""
-    return (12 * class_spreads() + 4).ceil().clamp(max=MAX_LEVEL).long()
+    """Return the largest level that each table can code, ``[NUM_TABLES]`` int64.
+
+    More than any coefficient of up to 100 can reach: a token's scale is the root mean square of its
+    coefficients, so the largest of n is at most √n scales off. With more, the guard has to help.
+    """
+    return (12 * class_spreads()[:NUM_TABLES] + 4).ceil().clamp(max=MAX_LEVEL).long()
 
 
 @dataclass(frozen=True)
@@ -49,10 +72,14 @@ class EntropyModel:
     Attributes
     ----------
     frequencies
-        ``[NUM_CLASSES, ALPHABET]`` int32: of the levels ``-MAX_LEVEL … MAX_LEVEL``, out of 2^14, symmetric up
+        ``[NUM_TABLES, ALPHABET]`` int32: of the levels ``-MAX_LEVEL … MAX_LEVEL``, out of 2^14, symmetric up
         to rounding.
     points
-        ``[NUM_CLASSES, MAX_LEVEL + 1]`` float32: what the levels 0, 1, … stand for, in steps.
+        ``[NUM_TABLES, MAX_LEVEL + 1]`` float32: what the levels 0, 1, … stand for, in steps.
+    tables
+        The coder's: those of ``frequencies``, and one for every number of low bits.
+    lengths
+        ``[NUM_TABLES, MAX_LEVEL + 1]`` float32: code lengths of the levels 0, 1, … in bits, both signs' mean.
     """
 
     frequencies: Tensor
@@ -63,13 +90,14 @@ class EntropyModel:
 
     def __post_init__(self) -> None:
         shapes = (tuple(self.frequencies.shape), tuple(self.points.shape))
-        if shapes != ((NUM_CLASSES, ALPHABET), (NUM_CLASSES, MAX_LEVEL + 1)):
+        if shapes != ((NUM_TABLES, ALPHABET), (NUM_TABLES, MAX_LEVEL + 1)):
             raise ShapeError(
-                f"entropy model: expected frequencies [{NUM_CLASSES}, {ALPHABET}] and points "
-                f"[{NUM_CLASSES}, {MAX_LEVEL + 1}], got {list(shapes[0])} and {list(shapes[1])}"
+                f"entropy model: expected frequencies [{NUM_TABLES}, {ALPHABET}] and points "
+                f"[{NUM_TABLES}, {MAX_LEVEL + 1}], got {list(shapes[0])} and {list(shapes[1])}"
             )
-        object.__setattr__(self, "tables", SymbolTables(self.frequencies))
-        bits = self.tables.bits  # both signs' mean, so that levels are chosen without regard to sign
+        tables = SymbolTables(torch.cat([self.frequencies, _even_frequencies().to(self.frequencies)]))
+        object.__setattr__(self, "tables", tables)
+        bits = tables.bits[:NUM_TABLES]  # both signs' mean: levels are chosen without regard to sign
         both = 0.5 * (bits[:, MAX_LEVEL:] + bits[:, : MAX_LEVEL + 1].flip(1))
         object.__setattr__(self, "lengths", both)
 
@@ -78,7 +106,7 @@ class EntropyModel:
         """Fit the model to levels that were seen, with a Laplacian's levels as prior."""
         counts = statistics.counts.cpu()
         sums = statistics.sums.cpu()
-        spreads = class_spreads()
+        spreads = class_spreads()[:NUM_TABLES]
         levels = torch.arange(MAX_LEVEL + 1, dtype=torch.float64)
         prior = torch.exp(-levels[None] / (0.7 * spreads[:, None]).clamp(min=0.15))
         prior[:, 1:] *= 2
@@ -96,10 +124,12 @@ class EntropyModel:
         return cls(tables.frequencies.to(torch.int32), points.float())
 
     def mean_lengths(self) -> Tensor:
-        """Return the mean code length of each class's symbols in bits, ``[NUM_CLASSES]`` float64."""
+        """Return the mean code length of each class's levels in bits, ``[NUM_CLASSES]`` float64."""
         share = self.frequencies.double() / self.frequencies.sum(1, keepdim=True)
         bits = torch.where(share > 0, -share.clamp(min=1e-12).log2(), 0.0)
-        return (share * bits).sum(1).cpu()
+        by_table = (share * bits).sum(1).cpu()
+        classes = torch.arange(NUM_CLASSES)
+        return by_table[table_of(classes)] + low_bits(classes)
 
     def to(self, device: torch.device | str) -> EntropyModel:
         """Return the model on another device; all users there share it."""
@@ -109,6 +139,13 @@ class EntropyModel:
         if device not in self._placed:
             self._placed[device] = EntropyModel(self.frequencies.to(device), self.points.to(device))
         return self._placed[device]
+
+
+def _even_frequencies() -> Tensor:
+    """Return the tables of 1, 2, … low bits, ``[MOST_LOW_BITS, ALPHABET]`` int32."""
+    symbols = torch.arange(ALPHABET)
+    rows = [torch.where(symbols < 1 << bits, rans.TOTAL >> bits, 0) for bits in range(1, MOST_LOW_BITS + 1)]
+    return torch.stack(rows).to(torch.int32)
 
 
 def _smooth(counts: Tensor, spreads: Tensor) -> Tensor:
@@ -130,12 +167,12 @@ def _smooth(counts: Tensor, spreads: Tensor) -> Tensor:
 
 @dataclass
 class LevelStatistics:
-    """Levels seen so far, by class, both signs together.
+    """Levels seen so far, by table, both signs together; low bits cut off.
 
     Attributes
     ----------
     counts, sums
-        ``[NUM_CLASSES, MAX_LEVEL + 1]`` float64: how often each level came, and the summed magnitudes, in
+        ``[NUM_TABLES, MAX_LEVEL + 1]`` float64: how often each level came, and the summed magnitudes, in
         steps, of the coefficients that it stood for.
     """
 
@@ -145,12 +182,12 @@ class LevelStatistics:
     @classmethod
     def empty(cls, device: torch.device | str) -> LevelStatistics:
         """Return statistics of nothing."""
-        shape = (NUM_CLASSES, MAX_LEVEL + 1)
+        shape = (NUM_TABLES, MAX_LEVEL + 1)
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2)))
 
-    def add(self, classes: Tensor, levels: Tensor, magnitudes: Tensor) -> None:
-        """Add coefficients: their classes ``[n]``, levels and magnitudes ``[tokens, n]``, both positive."""
-        index = (classes.long() * (MAX_LEVEL + 1) + levels.long()).flatten()
+    def add(self, tables: Tensor, levels: Tensor, magnitudes: Tensor) -> None:
+        """Add coefficients: their tables ``[n]``, levels and magnitudes ``[tokens, n]``, both positive."""
+        index = (tables.long() * (MAX_LEVEL + 1) + levels.long()).flatten()
         ones = torch.ones((), dtype=torch.float64, device=index.device).expand(index.shape)
         self.counts.view(-1).index_add_(0, index, ones)
         self.sums.view(-1).index_add_(0, index, magnitudes.flatten().double())
@@ -166,7 +203,7 @@ class EntropyQuantizer:
         ``[n]`` float32: calibrated standard deviation of every coefficient; a token's scale is the root mean
         square of its coefficients over these.
     classes
-        ``[n]`` uint8, see `spread_class`: which frequency table codes a coefficient.
+        ``[n]`` uint8, see `spread_class`: how a coefficient's levels are coded.
     step
         ``[1]`` float32: distance of levels at scale 1.
     rate_bits
@@ -175,6 +212,10 @@ class EntropyQuantizer:
         Shared by all layers.
     rate_weight
         Weight of a bit against the squared error, in squared steps.
+    low_bits, tables
+        ``[n]`` int64: how many low bits each coefficient's levels have, and which table codes the rest.
+    symbol_rows
+        ``[symbols]`` int32, on the CPU: the coder's table of every symbol of a token, low bits last.
     """
 
     deviations: Tensor
@@ -183,7 +224,21 @@ class EntropyQuantizer:
     rate_bits: Tensor
     model: EntropyModel
     rate_weight: float
-    _tables: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    low_bits: Tensor = field(init=False, repr=False, compare=False)
+    tables: Tensor = field(init=False, repr=False, compare=False)
+    symbol_rows: Tensor = field(init=False, repr=False, compare=False)
+    _wide: Tensor = field(init=False, repr=False, compare=False)
+    _values: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        bits = low_bits(self.classes)
+        wide = bits.nonzero().squeeze(1)
+        tables = table_of(self.classes)
+        object.__setattr__(self, "low_bits", bits)
+        object.__setattr__(self, "tables", tables)
+        object.__setattr__(self, "_wide", wide)
+        rows = torch.cat([tables, NUM_TABLES - 1 + bits[wide]]).int().cpu()
+        object.__setattr__(self, "symbol_rows", rows)
 
     @property
     def bytes_per_token(self) -> float:
@@ -200,8 +255,14 @@ class EntropyQuantizer:
                 f"quantizer: expected [tokens, {len(self.deviations)}], got {list(coefficients.shape)}"
             )
         levels, codes = self.levels(coefficients)
-        symbols = torch.where(coefficients < 0, MAX_LEVEL - levels, MAX_LEVEL + levels).to(torch.uint8)
-        rows = EncodedVectors(symbols, codes)
+        signed = torch.where(coefficients < 0, -levels, levels)
+        symbols = signed + MAX_LEVEL
+        if len(self._wide):
+            bits = self.low_bits[self._wide]
+            shifted = signed[:, self._wide] + (1 << bits >> 1)
+            symbols[:, self._wide] = (shifted >> bits) + MAX_LEVEL
+            symbols = torch.cat([symbols, shifted & ((1 << bits) - 1)], 1)
+        rows = EncodedVectors(symbols.to(torch.uint8), codes)
         return rows, self.dequantize(rows)
 
     def levels(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,10 +271,9 @@ class EntropyQuantizer:
         codes = torch.where(codes == NOT_FINITE, codes, codes.clamp(max=NOT_FINITE - 2))
         scales = SCALES.to(coefficients.device)[codes.long()]
         magnitudes = (coefficients.abs() / (scales * self.step)).nan_to_num(0.0)
-        classes = self.classes.long()
-        points, lengths = self.model.points[classes], self.model.lengths[classes]
-        most = most_levels().to(classes.device)[classes]
-        first = torch.arange(len(classes), device=classes.device) * (MAX_LEVEL + 1)
+        points, lengths = self.model.points[self.tables], self.model.lengths[self.tables]
+        most = most_levels().to(self.tables.device)[self.tables]
+        first = torch.arange(len(self.tables), device=self.tables.device) * (MAX_LEVEL + 1)
 
         def cost(level: Tensor) -> Tensor:
             index = first + level
@@ -227,30 +287,55 @@ class EntropyQuantizer:
             price = cost(candidate)
             better = price < best
             best, chosen = torch.where(better, price, best), torch.where(better, candidate, chosen)
+        if len(self._wide):  # code lengths of neighbouring levels are as good as equal there
+            most = most << self.low_bits
+            nearest = torch.minimum(
+                magnitudes.clamp(max=float(MAX_LEVEL << MOST_LOW_BITS)).round().long(), most
+            )
+            chosen = torch.where(self.low_bits > 0, nearest, chosen)
         return chosen, codes
 
     def dequantize(self, rows: EncodedVectors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the coefficients, ``[tokens, n]`` in ``dtype``, that symbols stand for."""
-        table = self._table(rows.words.device, dtype)
-        first = torch.arange(len(self.classes), device=rows.words.device) * ALPHABET
-        values = table.index_select(0, (rows.words.long() + first).flatten()).view(rows.words.shape)
-        return values * SCALES.to(rows.words.device)[rows.scales.long()].to(dtype)
+        n, device = len(self.classes), rows.words.device
+        table = self._table(device, dtype)
+        first = torch.arange(n, device=device) * ALPHABET
+        values = table.index_select(0, (rows.words[:, :n].long() + first).flatten()).view(-1, n)
+        if len(self._wide):
+            low = rows.words[:, n:].long() - (1 << self.low_bits[self._wide] >> 1)
+            values[:, self._wide] += low.to(dtype) * self.step.to(dtype)
+        return values * SCALES.to(device)[rows.scales.long()].to(dtype)
+
+    def count(self, rows: EncodedVectors, coefficients: Tensor, statistics: LevelStatistics) -> None:
+        """Add coefficients ``[tokens, n]`` and the symbols that code them to statistics."""
+        scale = SCALES.to(coefficients.device)[rows.scales.long()] * self.step
+        levels = (rows.words[:, : len(self.tables)].long() - MAX_LEVEL).abs()
+        statistics.add(self.tables, levels, coefficients.abs() / scale / (1 << self.low_bits))
+
+    def code_bits(self, rows: EncodedVectors) -> float:
+        """Return the ideal code length of tokens in bits, scales included."""
+        lengths = self.model.tables.bits[self.symbol_rows.long().to(rows.words.device)].flatten()
+        first = torch.arange(len(self.symbol_rows), device=lengths.device) * ALPHABET
+        index = rows.words.long() + first
+        return float(lengths[index].sum(dtype=torch.float64)) + 8.0 * len(index)
 
     def seal(self, rows: EncodedVectors, block_tokens: int) -> EncodedStreams:
         """Entropy-code whole blocks of tokens, each block for itself."""
-        n, lanes = len(self.classes), -(-block_tokens // LANE_TOKENS)
+        n, lanes = len(self.symbol_rows), -(-block_tokens // LANE_TOKENS)
         blocks = rows.words.shape[0] // block_tokens
         spare = lanes * LANE_TOKENS - block_tokens
         symbols = rows.words.view(blocks, block_tokens, n)
         scales = ((rows.scales.long() + 1) & 255).view(blocks, block_tokens)
         if spare:
-            symbols = torch.nn.functional.pad(symbols, (0, 0, 0, spare), value=MAX_LEVEL)
+            level_zero = [MAX_LEVEL] * len(self.classes) + [0] * len(self._wide)  # and no low bits
+            fill = torch.tensor(level_zero, dtype=torch.uint8).to(symbols.device)
+            symbols = torch.cat([symbols, fill.expand(blocks, spare, n)], 1)
             scales = torch.nn.functional.pad(scales, (0, spare))
         shifts = 8 * torch.arange(LANE_TOKENS, device=scales.device)
         payload = (scales.view(blocks, lanes, LANE_TOKENS) << shifts).sum(-1)
         coded = rans.encode(
             symbols.reshape(blocks, lanes, LANE_TOKENS * n),
-            self.classes.repeat(LANE_TOKENS).int(),
+            self.symbol_rows.repeat(LANE_TOKENS),
             self.model.tables,
             payload,
         )
@@ -258,9 +343,9 @@ class EntropyQuantizer:
 
     def unseal(self, streams: EncodedStreams, block_tokens: int) -> EncodedVectors:
         """Undo `seal`."""
-        n, (blocks, lanes) = len(self.classes), streams.states.shape
+        n, (blocks, lanes) = len(self.symbol_rows), streams.states.shape
         symbols, payload = rans.decode(
-            EntropyCoded(*streams), self.classes.repeat(LANE_TOKENS).int(), self.model.tables
+            EntropyCoded(*streams), self.symbol_rows.repeat(LANE_TOKENS), self.model.tables
         )
         shifts = 8 * torch.arange(LANE_TOKENS, device=payload.device)
         scales = (((payload[..., None] >> shifts) & 255) + 255) & 255
@@ -280,9 +365,11 @@ class EntropyQuantizer:
         )
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return what every symbol of every coefficient stands for at scale 1, ``[n * ALPHABET]``."""
-        if dtype not in self._tables or self._tables[dtype].device != device:
-            points = self.model.points[self.classes.long()] * self.step
+        """Return what the table's symbol of every coefficient stands for at scale 1, ``[n * ALPHABET]``."""
+        if dtype not in self._values or self._values[dtype].device != device:
+            exact = torch.arange(MAX_LEVEL + 1, device=self.low_bits.device) << self.low_bits[:, None]
+            points = torch.where(self.low_bits[:, None] > 0, exact.float(), self.model.points[self.tables])
+            points = points * self.step
             signed = torch.cat([-points[:, 1:].flip(1), points], 1)
-            self._tables[dtype] = signed.to(device=device, dtype=dtype).flatten()
-        return self._tables[dtype]
+            self._values[dtype] = signed.to(device=device, dtype=dtype).flatten()
+        return self._values[dtype]

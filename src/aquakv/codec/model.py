@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aquakv.codec.allocation import equal_widths
-from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, NUM_CLASSES, EntropyModel, EntropyQuantizer
+from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, NUM_CLASSES, NUM_TABLES, EntropyModel, EntropyQuantizer
 from aquakv.codec.file import read_codec_file, write_codec_file
 from aquakv.codec.fingerprint import ModelFingerprint
 from aquakv.codec.guard import OutlierGuard
@@ -280,8 +280,8 @@ def _fitted_codec(
 
 
 def _entropy_model(source: _Tensors) -> EntropyModel:
-    frequencies = source.take("entropy.frequencies", (NUM_CLASSES, ALPHABET), torch.int32)
-    points = source.take("entropy.points", (NUM_CLASSES, MAX_LEVEL + 1), torch.float32)
+    frequencies = source.take("entropy.frequencies", (NUM_TABLES, ALPHABET), torch.int32)
+    points = source.take("entropy.points", (NUM_TABLES, MAX_LEVEL + 1), torch.float32)
     try:
         return EntropyModel(frequencies, points)
     except InputError as error:
