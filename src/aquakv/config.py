@@ -220,7 +220,8 @@ class QuantizerConfig:
         Largest dimension of the grids: 2 uses pairs of coefficients where a grid of that width exists
         (2, 3, 4 bits per coefficient) and Lloyd-Max tables elsewhere; 1 uses Lloyd-Max tables only.
     arithmetic
-        Of ``scalar``: uniform levels, decodable without a table, instead of Lloyd-Max levels.
+        Of ``scalar``: levels that are a cubic of the code, decodable without a table, instead of Lloyd-Max
+        levels.
     rate_weight
         Of ``entropy``: levels minimise squared error plus this times the code length in bits, in units of the
         squared step.
@@ -394,7 +395,7 @@ def preset(name: str, bits: float | None = None) -> CodecConfig:
         preset=name,
         predictor=PredictorConfig(value_inputs=("keys",), first_layer_values=True, key_rank=64),
         transform=TransformConfig(kind="klt", key_scope="head"),
-        allocation=dataclasses.replace(allocation, importance_exponent=0.5),
+        allocation=allocation,
         quantizer=QuantizerConfig(kind="scalar"),
         guard=GuardConfig(threshold=8.0),
     )

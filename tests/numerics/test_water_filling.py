@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from aquakv.errors import ConfigError, InputError, ShapeError
 from aquakv.numerics import (
     allocate_widths,
+    cubic_levels,
     fill_bytes,
     load_grid,
     theta_for,
-    uniform_step,
     unit_distortions,
     widths_at,
 )
@@ -41,39 +41,14 @@ def spectrum(n: int, seed: int = 0) -> torch.Tensor:
     return torch.exp(3 * torch.randn(n, generator=generator, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    ("width", "step", "mse"),
-    [(1, 1.5958, 0.3634), (2, 0.9957, 0.1188), (3, 0.5860, 0.03744), (4, 0.3352, 0.01154)],
-)
-def test_uniform_step_is_the_published_one(width, step, mse):
-    # J. Max, Quantizing for minimum distortion, 1960, table II.
-    assert uniform_step(width) == pytest.approx((step, mse), abs=6e-5)
-
-
-@pytest.mark.parametrize("width", range(1, 9))
-def test_uniform_step_is_the_best_and_its_error_is_what_integration_gives(width):
-    step, mse = uniform_step(width)
-    x = torch.linspace(-9, 9, 400_001, dtype=torch.float64)
-    weight = torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
-
-    def error(step):
-        half = 1 << (width - 1)
-        level = (x / step).floor().clamp(-half, half - 1) + 0.5
-        return float(((x - level * step) ** 2 * weight).sum())
-
-    assert error(step) == pytest.approx(mse, rel=1e-6)
-    assert error(0.99 * step) > mse < error(1.01 * step)
-    assert mse >= load_grid(1, 1 << width).mse * (1 - 1e-6)
-
-
 def test_unit_distortions():
     assert unit_distortions((0, 1, 8)) == {0: 1.0, 1: load_grid(1, 2).mse, 8: load_grid(1, 256).mse}
-    assert unit_distortions((0, 3), arithmetic=True) == {0: 1.0, 3: uniform_step(3)[1]}
+    assert unit_distortions((0, 3), arithmetic=True) == {0: 1.0, 3: cubic_levels(3).mse}
     for bad in (9, -1):
         with pytest.raises(ConfigError, match="0 to 8"):
             unit_distortions((0, bad))
         with pytest.raises(ConfigError, match="1 to 8"):
-            uniform_step(bad)
+            cubic_levels(bad)
 
 
 @settings(max_examples=60, deadline=None)

@@ -119,8 +119,6 @@ def test_what_the_presets_are():
     assert (decode.predictor.key_rank, decode.predictor.value_rank) == (64, None)
     assert (decode.predictor.value_inputs, decode.transform.key_scope) == (("keys",), "head")
     assert [preset(name).guard.threshold for name in PRESETS] == [None, None, 16.0, 8.0]
-    exponents = [preset(name).allocation.importance_exponent for name in ("storage", "decode")]
-    assert exponents == [0.7, 0.5]
     assert len({preset(name).window for name in PRESETS}) == 1
     assert (paper.window.sink_tokens, paper.window.recent_window, paper.window.block_tokens) == (4, 0, 128)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from aquakv.codec.encoded import EncodedVectors
 from aquakv.codec.scalar import NOT_FINITE, SCALES, ScalarQuantizer, scale_codes
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.numerics import load_grid, uniform_step, unit_distortions, unpack
+from aquakv.numerics import cubic_levels, load_grid, unit_distortions, unpack
 
 WIDTHS = range(1, 9)
 # Counts of each width, the widest first; none of the segments but the first starts on a word.
@@ -62,7 +62,8 @@ def test_values_are_the_levels_of_the_documented_formula(arithmetic):
         stored = torch.nn.functional.pad(encoded.words[:, start:stop], (0, -(stop - start) % 4))
         codes = unpack(stored.contiguous().view(torch.int32), width, count)
         if arithmetic:
-            levels = (codes.double() - (2**width - 1) / 2) * uniform_step(width)[0]
+            x = codes.double() - (2**width - 1) / 2
+            levels = x * (cubic_levels(width).linear + cubic_levels(width).cubic * x**2)
         else:
             levels = load_grid(1, 2**width).points[codes.long(), 0].double()
         part = slice(first, first + count)
@@ -82,7 +83,8 @@ def test_every_value_gets_its_nearest_level(arithmetic):
         part = slice(first, first + count)
         first += count
         if arithmetic:
-            levels = (torch.arange(2**width) - (2**width - 1) / 2) * uniform_step(width)[0]
+            x = torch.arange(2**width) - (2**width - 1) / 2
+            levels = x * (cubic_levels(width).linear + cubic_levels(width).cubic * x**2)
         else:
             levels = load_grid(1, 2**width).points[:, 0]
         relative = coefficients[:, part] / spread[:, part]

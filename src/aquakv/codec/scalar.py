@@ -14,7 +14,15 @@ from torch import Tensor
 
 from aquakv.codec.encoded import EncodedVectors
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.numerics import byte_table, load_grid, pack, packed_words, uniform_step, unpack_lookup
+from aquakv.numerics import (
+    byte_table,
+    cubic_level_table,
+    load_grid,
+    nearest_cubic_level,
+    pack,
+    packed_words,
+    unpack_lookup,
+)
 
 #: Scale code of a token that has a coefficient that is not finite; its scale is NaN.
 NOT_FINITE = 255
@@ -75,8 +83,8 @@ class ScalarQuantizer:
         ``[n]`` uint8: bits of every coefficient, 1 to 8, not increasing. The codes of each width fill whole
         bytes (`aquakv.numerics.fill_bytes` makes them).
     arithmetic
-        Uniform levels, ``(code - (2^width - 1) / 2) * step``, decodable without a table, instead of Lloyd-Max
-        levels.
+        Levels that are a cubic of the code (`aquakv.numerics.cubic_levels`), decodable without a table,
+        instead of Lloyd-Max levels.
     """
 
     deviations: Tensor
@@ -190,10 +198,7 @@ class ScalarQuantizer:
     def _pack(self, relative: Tensor, segment: Segment) -> Tensor:
         values = relative[:, segment.coefficients]
         if self.arithmetic:
-            half = 1 << (segment.width - 1)
-            # Division by a number is done differently on different devices, multiplication is not.
-            codes = (values * (1 / uniform_step(segment.width)[0])).floor_().add_(half)
-            codes = codes.clamp_(0, 2 * half - 1).to(torch.uint8)
+            codes = nearest_cubic_level(values, segment.width)
         else:
             codes = load_grid(1, 1 << segment.width, values.device).nearest(values)
         num_bytes = segment.stored.stop - segment.stored.start
@@ -235,9 +240,5 @@ def _scales(device: torch.device) -> Tensor:
 @lru_cache(maxsize=128)
 def _level_table(width: int, arithmetic: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the levels of a unit deviation, expanded for `unpack_lookup`; shared by all layers."""
-    if arithmetic:
-        codes = torch.arange(1 << width, dtype=torch.float32, device="cpu")
-        levels = ((codes - ((1 << width) - 1) / 2) * uniform_step(width)[0])[:, None]
-    else:
-        levels = load_grid(1, 1 << width).points
+    levels = cubic_level_table(width)[:, None] if arithmetic else load_grid(1, 1 << width).points
     return byte_table(levels.to(device=device, dtype=dtype), width)

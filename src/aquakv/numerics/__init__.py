@@ -1,5 +1,6 @@
 """Numerical building blocks that know nothing of codecs or models."""
 
+from aquakv.numerics.cubic_levels import cubic_level_table, cubic_levels, nearest_cubic_level
 from aquakv.numerics.grids import GaussianGrid, available_grids, load_grid
 from aquakv.numerics.klt import WeightedKlt, shrink_covariance, symmetric_root, two_stage_klt, weighted_klt
 from aquakv.numerics.least_squares import AffineMap, explained_variance, ridge
@@ -12,7 +13,6 @@ from aquakv.numerics.water_filling import (
     allocate_widths,
     fill_bytes,
     theta_for,
-    uniform_step,
     unit_distortions,
     widths_at,
 )
@@ -27,10 +27,13 @@ __all__ = [
     "allocate_widths",
     "available_grids",
     "byte_table",
+    "cubic_level_table",
+    "cubic_levels",
     "explained_variance",
     "fill_bytes",
     "hadamard",
     "load_grid",
+    "nearest_cubic_level",
     "orthogonal_matrix",
     "pack",
     "packed_words",
@@ -40,7 +43,6 @@ __all__ = [
     "symmetric_root",
     "theta_for",
     "two_stage_klt",
-    "uniform_step",
     "unit_distortions",
     "unpack",
     "unpack_lookup",

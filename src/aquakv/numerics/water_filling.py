@@ -12,12 +12,12 @@ import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError, InputError, ShapeError
+from aquakv.numerics.cubic_levels import cubic_levels
 from aquakv.numerics.grids import load_grid
 from aquakv.numerics.packing import MAX_WIDTH
 
@@ -28,53 +28,6 @@ _BISECTIONS = 100
 _CHEAPEST = 1e-40
 
 
-@lru_cache(maxsize=MAX_WIDTH)
-def uniform_step(width: int) -> tuple[float, float]:
-    """Compute the best uniform mid-rise quantiser of a unit Gaussian.
-
-    The levels are ``(code - (2**width - 1) / 2) * step``. The step is the root of the squared error's
-    derivative, ``step * E[l²] = E[x l]`` for the integer-spaced level ``l`` of x, found in float64: it is the
-    same on every machine to about 1e-14, hence the same number once rounded to float32.
-
-    Parameters
-    ----------
-    width : int
-        Bits per code, 1 to 8.
-
-    Returns
-    -------
-    step, mse : float
-        Distance of the levels, and the expected squared error on unit Gaussian input.
-
-    Raises
-    ------
-    ConfigError
-        If ``width`` is not in 1..8.
-    """
-    if width not in range(1, MAX_WIDTH + 1):
-        raise ConfigError(f"width must be a whole number of bits from 1 to {MAX_WIDTH}, got {width!r}")
-
-    def moments(step: float) -> tuple[float, float]:
-        """Return E[l²] and E[x l]; both halves of the line are alike."""
-        square = cross = 0.0
-        for k in range(1 << (width - 1)):
-            level, low, high = k + 0.5, k * step, (k + 1) * step
-            last = k + 1 == 1 << (width - 1)
-            above = 0.0 if last else math.erfc(high / math.sqrt(2))
-            square += level**2 * (math.erfc(low / math.sqrt(2)) - above)
-            density = 0.0 if last else math.exp(-(high**2) / 2)
-            cross += level * (math.exp(-(low**2) / 2) - density) * math.sqrt(2 / math.pi)
-        return square, cross
-
-    low, high = 1e-6, 2.0
-    for _ in range(_BISECTIONS):
-        step = (low + high) / 2
-        square, cross = moments(step)
-        low, high = (step, high) if step * square < cross else (low, step)
-    square, cross = moments(high)
-    return high, 1 - 2 * high * cross + high**2 * square
-
-
 def unit_distortions(widths: Sequence[int], arithmetic: bool = False) -> dict[int, float]:
     """Return the expected squared error on a unit Gaussian for each width, 1 for width 0.
 
@@ -83,7 +36,7 @@ def unit_distortions(widths: Sequence[int], arithmetic: bool = False) -> dict[in
     widths : sequence of int
         In 0..8.
     arithmetic : bool
-        Uniform mid-rise levels instead of Lloyd-Max tables.
+        Levels of `cubic_levels` instead of Lloyd-Max tables.
 
     Raises
     ------
@@ -96,7 +49,7 @@ def unit_distortions(widths: Sequence[int], arithmetic: bool = False) -> dict[in
     def distortion(width: int) -> float:
         if width == 0:
             return 1.0
-        return uniform_step(width)[1] if arithmetic else load_grid(1, 1 << width).mse
+        return cubic_levels(width).mse if arithmetic else load_grid(1, 1 << width).mse
 
     return {width: distortion(width) for width in widths}
 
