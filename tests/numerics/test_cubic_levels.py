@@ -50,10 +50,16 @@ def test_nearest_level(width):
     errors = (x[:, None] - levels).abs()
     chosen = errors.gather(1, codes.long()[:, None])[:, 0]
     assert torch.allclose(chosen, errors.min(1).values, atol=1e-6)
-    middle = (levels[2 ** (width - 1) - 1] + levels[2 ** (width - 1)]) / 2
-    assert nearest_cubic_level(middle[None], width) == 2 ** (width - 1)  # the upper one of two
-    far = torch.tensor([-math.inf, -1e30, 1e30, math.inf])
+    bounds = ((levels[1:].double() + levels[:-1].double()) / 2).float()
+    half = 2 ** (width - 1)
+    outer = torch.cat([torch.arange(half - 1), torch.arange(half, 2**width)])
+    if width > 2:  # exactly half-way: the outer level, or the positive one
+        assert torch.equal(nearest_cubic_level(bounds, width).long(), outer)
+    assert nearest_cubic_level(torch.tensor([0.0, -0.0]), width).tolist() == [half, half]
+    far = torch.tensor([-3e38, -1e30, 1e30, 3e38])
     assert nearest_cubic_level(far, width).tolist() == [0, 0, 2**width - 1, 2**width - 1]
+    shaped = nearest_cubic_level(x[:20_000].view(100, 200).T, width)
+    assert torch.equal(shaped, codes[:20_000].view(100, 200).T)
 
 
 def test_other_widths_are_refused():

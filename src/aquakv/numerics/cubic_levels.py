@@ -62,10 +62,33 @@ def cubic_level_table(width: int) -> Tensor:
 
 
 def nearest_cubic_level(values: Tensor, width: int) -> Tensor:
-    """Return the codes, uint8 shaped like ``values`` (float32), of the nearest levels; the upper one of two.
+    """Return the codes, uint8 shaped like ``values`` (float32, finite), of the nearest levels.
 
-    Only comparisons, with bounds rounded on the CPU: the same on every device.
+    Half-way between two it is one of both, and the positive one at 0. No more than comparisons, products and
+    tables that were rounded on a CPU: the same on every device.
     """
-    levels = cubic_level_table(width).double()
-    bounds = ((levels[1:] + levels[:-1]) / 2).float().to(values.device)
-    return torch.bucketize(values.contiguous(), bounds, right=True).to(torch.uint8)
+    half, (linear, cubic, _) = 1 << (width - 1), cubic_levels(width)
+    if cubic == 0.0:
+        codes = (values * (1 / linear)).floor_().add_(half)
+        return codes.clamp_(0, 2 * half - 1).to(torch.uint8)
+    first, bounds = (table.to(values.device) for table in _search_tables(width))
+    magnitudes = values.abs().flatten()
+    cell = (magnitudes * _CELLS_PER_UNIT).clamp_(max=len(first) - 1).int()
+    index = first.index_select(0, cell)
+    index += magnitudes >= bounds.index_select(0, index)
+    outward = index.to(torch.uint8).view(values.shape)
+    return torch.where(values < 0, half - 1 - outward, half + outward)
+
+
+#: Levels are looked for in cells narrower than the distance of any two bounds, up to the last of these.
+_CELLS_PER_UNIT = 128
+
+
+@lru_cache(maxsize=MAX_WIDTH)
+def _search_tables(width: int) -> tuple[Tensor, Tensor]:
+    """Return how many bounds of positive levels are below each cell, and the bounds with an infinite last."""
+    levels = cubic_level_table(width)[1 << (width - 1) :].double()
+    bounds = ((levels[1:] + levels[:-1]) / 2).float()
+    cells = torch.arange(int(_CELLS_PER_UNIT * float(levels[-1])) + 1, device="cpu") / _CELLS_PER_UNIT
+    first = torch.searchsorted(bounds, cells, right=True).int()
+    return first, torch.cat([bounds, bounds.new_full((1,), float("inf"))])
