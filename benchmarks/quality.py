@@ -22,16 +22,16 @@ from aquakv.data import token_sequences
 from aquakv.evaluation.results import quality_fields, write_benchmark
 from aquakv.models.loading import LoadedModel, load_model
 
-CONFIGS: dict[str, CodecConfig] = {
-    "higgs 2 bit": preset("higgs", 2),
-    "paper 2 bit": preset("paper", 2),
-    "paper 3 bit": preset("paper", 3),
-    "storage 2.09 bit": preset("storage", 2.09),
-    "storage 1.15 bit": preset("storage", 1.15),
-    "storage 0.91 bit": preset("storage", 0.91),
-    "decode 2.13 bit": preset("decode", 2.13),
-    "decode 1.63 bit": preset("decode", 1.63),
-}
+CONTESTANTS = [
+    "higgs 2 bit",
+    "paper 2 bit",
+    "paper 3 bit",
+    "storage 2.09 bit",
+    "storage 1.15 bit",
+    "storage 0.91 bit",
+    "decode 2.13 bit",
+    "decode 1.63 bit",
+]
 
 DATA = [
     "wikitext2:test,32,2048",
@@ -49,6 +49,12 @@ def describe(name: str, quality: Quality) -> str:
         f"(exact {quality.baseline_perplexity:.4f})  {100 * quality.relative_increase:+.3f} %  "
         f"KL {quality.mean_kl:.5f}  top-1 {100 * quality.top1_agreement:.2f} %"
     )
+
+
+def config_of(contestant: str) -> CodecConfig:
+    """Return the configuration that "PRESET BITS bit" names."""
+    name, bits, _ = contestant.split()
+    return preset(name, float(bits))
 
 
 def calibrated(
@@ -85,7 +91,7 @@ def main() -> None:
     parser.add_argument("--calibration-samples", type=int, default=32)
     parser.add_argument("--calibration-seq-len", type=int, default=2048)
     parser.add_argument("--data", nargs="+", default=DATA, metavar="SOURCE,SAMPLES,SEQ_LEN")
-    parser.add_argument("--only", nargs="+", default=None, metavar="CONTESTANT")
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, metavar='"PRESET BITS bit"')
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--protocol", default="single-pass")
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens evaluated at once")
@@ -93,7 +99,7 @@ def main() -> None:
     parser.add_argument("--codecs", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    configs = {name: CONFIGS[name] for name in options.only or CONFIGS}
+    configs = {name: config_of(name) for name in options.contestants}
     loaded = load_model(options.model, options.dtype, options.device)
     tokens = token_sequences(
         options.calibration,

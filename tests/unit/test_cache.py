@@ -808,7 +808,7 @@ def _furthest_off(model, codec, exact, most):
 def test_the_guard_keeps_the_tokens_that_are_furthest_off(fraction, most):
     model, codec = shared("llama"), guarded_codec(fraction=fraction)
     tokens = random_tokens(1, 43, seed=11)
-    exact, cache = DynamicCache(config=model.config), AquaCache(model, codec)
+    exact, cache = DynamicCache(config=model.config), AquaCache(model, codec, attention="general")
     feed(model, exact, tokens[:, :42], [42])
     feed(model, cache, tokens[:, :42], [42])
     expected = _furthest_off(model, codec, exact, most)

@@ -6,7 +6,7 @@ import torch
 from aquakv import AquaCache, calibrate, evaluate_quality, preset
 from aquakv.codec import EncodedTokens
 from aquakv.codec.encoded import EncodedStreams
-from tiny_models import VARIANTS, WINDOW, build, codec_for, random_tokens, same_bits, variant
+from tiny_models import VARIANTS, WINDOW, build, codec_for, feed, random_tokens, same_bits, variant
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,3 +69,17 @@ def test_calibration_on_the_gpu(name):
     for one, other in zip(here.layers, there.layers, strict=True):
         torch.testing.assert_close(one.keys.mean, other.keys.mean, atol=1e-4, rtol=0)
     assert all(layer.keys.mean.device.type == "cpu" for layer in there.layers)
+
+
+@pytest.mark.parametrize("name", ["decode", "guarded", "two-stage"])
+def test_attending_to_codes_gives_what_reconstructing_gives(name):
+    model, codec = build("llama-odd", dtype=torch.float64).cuda(), variant(name, "llama-odd")
+    tokens = random_tokens(3, 60, seed=5).cuda()
+    mask = torch.stack([(torch.arange(60) >= pad).long() for pad in (0, 7, 20)]).cuda()
+    fused, general = (
+        feed(model, AquaCache(model, codec, attention=attention), tokens, [30, *[1] * 30], mask)
+        for attention in ("fused", "general")
+    )
+    for row, pad in enumerate((0, 7, 20)):
+        # Codes come from float32 products of the same sizes on both ways.
+        torch.testing.assert_close(fused[row, pad:], general[row, pad:], atol=1e-7, rtol=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,18 @@ from transformers import Cache, PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
+from aquakv.cache.fused import ATTENTION_NAME, MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.step import CacheStep
 from aquakv.cache.storage import CodedPages, storage_bytes
 from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
-from aquakv.errors import CacheStateError
+from aquakv.errors import CacheStateError, ConfigError
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.hooks import ModelHooks
+
+#: How a cache is attended to.
+AttentionChoice = Literal["auto", "fused", "general"]
 
 _HALFWAY = "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
 
@@ -41,11 +45,17 @@ class AquaCache(Cache):
         The model's codec, or the path of its file.
     window
         Which tokens stay exact; the codec's own choice if None.
+    attention
+        ``general`` reconstructs all keys and values of a layer and leaves attention to the model. ``fused``
+        attends to the codes in passes of up to `MOST_QUERIES` new tokens (decoding), where that is less work.
+        ``auto`` is ``fused`` where codec and model allow it.
 
     Raises
     ------
     CodecMismatchError
         The codec belongs to another model.
+    ConfigError
+        ``fused`` was asked for but cannot be had, with the reason.
     UnsupportedModelError
         The model cannot be compressed correctly.
 
@@ -57,17 +67,24 @@ class AquaCache(Cache):
     """
 
     def __init__(
-        self, model: PreTrainedModel, codec: ModelCodec | str | Path, *, window: WindowConfig | None = None
+        self,
+        model: PreTrainedModel,
+        codec: ModelCodec | str | Path,
+        *,
+        window: WindowConfig | None = None,
+        attention: AttentionChoice = "auto",
     ) -> None:
         name = "codec" if isinstance(codec, ModelCodec) else str(codec)
         self.codec = codec if isinstance(codec, ModelCodec) else ModelCodec.load(codec)
         self._adapter: ModelAdapter = ModelHooks.acquire(model, self)
         self.codec.fingerprint.require_match(self._adapter.fingerprint(), name)
         self.window = window or self.codec.config.window
+        self._fused = self._may_fuse(attention)
         self._order = {layer: index for index, layer in enumerate(self._adapter.compressed_layers)}
         self._step: CacheStep | None = None
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
+        self._custom_mask = False
         self._in_forward = False
         self._build()
         super().__init__(layers=self.layers)
@@ -90,17 +107,46 @@ class AquaCache(Cache):
         return self._adapter.decoder
 
     def forward_begins(self, attention_mask: Tensor | None) -> None:
-        """Receive the padding mask of a forward pass (called by the model's hooks)."""
+        """Receive the mask of a forward pass (called by the model's hooks)."""
         self._require_intact()
-        self._in_forward, self._mask, self._positions = True, attention_mask, None
+        padding = attention_mask is None or attention_mask.ndim == 2
+        self._in_forward, self._custom_mask, self._positions = True, not padding, None
+        self._mask = attention_mask if padding else None
 
     def positions_known(self, position_ids: Tensor) -> None:
         """Receive the position ids of a forward pass (called by the model's hooks)."""
         self._positions = position_ids
 
+    @property
+    def attention(self) -> str | None:
+        """Name of the attention function for this pass (asked by the model's hooks)."""
+        return ATTENTION_NAME if self._attends_to_codes else None
+
+    @property
+    def _attends_to_codes(self) -> bool:
+        """Whether this pass attends to codes; settled before its first layer."""
+        if self._step is not None:
+            return isinstance(self._step, FusedStep)
+        few = self._positions is not None and self._positions.shape[-1] <= MOST_QUERIES
+        return self._fused and few and bool(self.layout.pages) and not self._custom_mask
+
+    def _may_fuse(self, attention: AttentionChoice) -> bool:
+        if attention not in get_args(AttentionChoice):
+            raise ConfigError(f"attention: expected auto, fused or general, got {attention!r}")
+        if attention == "general":
+            return False
+        reason = why_not_fused(self.codec)
+        implementation = getattr(self._adapter.config, "_attn_implementation", "eager")
+        if reason is None and implementation not in ("sdpa", "eager"):
+            reason = f"the model attends by {implementation}, expected sdpa or eager"
+        if reason is not None and attention == "fused":
+            raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
+        return reason is None
+
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
         self._in_forward, self._mask, self._positions = False, None, None
+        self._custom_mask = False
 
     def _require_intact(self) -> None:
         # Sliding layers before the first compressed one, or behind the last, are updated outside of any step.
@@ -111,7 +157,7 @@ class AquaCache(Cache):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Any]:
         """Add tokens at a layer and return all keys and values to attend to.
 
         Parameters
@@ -125,7 +171,8 @@ class AquaCache(Cache):
         -------
         keys, values
             ``[rows, num_kv_heads, columns, head_dim]`` in the same dtype: older tokens as the codes give
-            them, sinks, recent tokens and all new tokens exactly. Discard them after the attention.
+            them, sinks, recent tokens and all new tokens exactly. Discard them after the attention. In a pass
+            that attends to codes, a `CodedView` in place of each.
 
         Raises
         ------
@@ -167,9 +214,14 @@ class AquaCache(Cache):
                 f"expected a {self._adapter.name} forward pass with past_key_values=cache"
             )
         rows, _, new_columns, _ = key_states.shape
-        before = self.layout.columns
+        before, fused = self.layout.columns, self._attends_to_codes
         self.layout.append(new_columns, self._positions, self._mask, rows)
-        self._step = CacheStep(self._adapter, self.layout, self.codec.config.guard, before)
+        shared = (self._adapter, self.layout, self.codec.config.guard, before)
+        exact = self._compressed[0].exact
+        if fused and exact is not None:
+            self._step = FusedStep(*shared, self.codec, exact.tail_keys.shape[1], self._mask)
+        else:
+            self._step = CacheStep(*shared)
 
     # --- the rest of the protocol -------------------------------------------------------------------------
 
@@ -224,7 +276,7 @@ class AquaCache(Cache):
         pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):
-                layer.batch_select_indices(torch.as_tensor(rows))
+                _select_rows(layer, rows)
             elif layer.exact is not None:
                 layer.pages.select(pages)
                 layer.exact.select(torch.as_tensor(rows))
@@ -264,9 +316,18 @@ class AquaCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:
         """Copy the tokens; the model and the codec are shared."""
         self._require_intact()
-        other = AquaCache(self._adapter.model, self.codec, window=self.window)
+        attention: AttentionChoice = "auto" if self._fused else "general"
+        other = AquaCache(self._adapter.model, self.codec, window=self.window, attention=attention)
         other.layout = copy.deepcopy(self.layout, memo)
         other.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in other._compressed:
             layer.layout = other.layout
         return other
+
+
+def _select_rows(layer: Any, rows: list[int]) -> None:
+    """Keep copies of rows of one of transformers' layers, which leave the batch as it was when emptied."""
+    if layer.is_initialized and layer.get_seq_length() == 0:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    else:
+        layer.batch_select_indices(torch.as_tensor(rows))

@@ -156,9 +156,15 @@ class TokenLayout:
             self.positions = self.positions[rows]
         return source
 
-    def page_columns(self, blocks: list[tuple[int, int]], device: torch.device) -> Tensor:
-        """Return the flat index ``row * columns + column`` of every token of ``blocks``, in order, int64."""
-        first = torch.tensor([row * self.columns + column for row, column in blocks], dtype=torch.long)
+    def page_columns(
+        self, blocks: list[tuple[int, int]], device: torch.device, first_column: int = 0
+    ) -> Tensor:
+        """Return the flat index of every token of ``blocks``, in order, int64.
+
+        The index is that of ``[rows, columns]`` without the columns before ``first_column``.
+        """
+        held = self.columns - first_column
+        first = torch.tensor([row * held + column - first_column for row, column in blocks], dtype=torch.long)
         offsets = torch.arange(self.window.block_tokens)
         return (first[:, None] + offsets).flatten().to(device, non_blocking=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from aquakv.models.rotary import RotaryTables, rotate, unrotate
 
 
 @dataclass
-class _Blocks:
+class Blocks:
     """Blocks of tokens that all layers treat alike in one pass, and the layers before's view of them.
 
     Attributes
@@ -27,12 +28,15 @@ class _Blocks:
         Where the tokens are.
     pages
         ``(row, first_column)`` of each block, in storage order.
+    first_column
+        Tensors of columns begin with this one.
     hats
         The tokens' reconstructions at the layers before, as far as predictors reach back.
     """
 
     layout: TokenLayout
     pages: list[tuple[int, int]]
+    first_column: int = 0
     hats: History = ()
     _index: dict[torch.device, Tensor] = field(default_factory=dict)
     _tables: dict[torch.device, RotaryTables] = field(default_factory=dict)
@@ -45,7 +49,7 @@ class _Blocks:
         """The blocks' columns if they are one run of a single row."""
         if not self.layout.is_contiguous(self.pages):
             return None
-        first = self.pages[0][1]
+        first = self.pages[0][1] - self.first_column
         return slice(first, first + len(self.pages) * self.layout.window.block_tokens)
 
     def history(self, device: torch.device) -> History:
@@ -55,7 +59,7 @@ class _Blocks:
     def index(self, device: torch.device) -> Tensor:
         """Return the tokens' flat indices, see `TokenLayout.page_columns`."""
         if device not in self._index:
-            self._index[device] = self.layout.page_columns(self.pages, device)
+            self._index[device] = self.layout.page_columns(self.pages, device, self.first_column)
         return self._index[device]
 
     def tables(self, adapter: ModelAdapter, layer_idx: int, keys: Tensor) -> RotaryTables:
@@ -63,7 +67,7 @@ class _Blocks:
         if keys.device not in self._tables:
             positions = self.layout.positions
             assert positions is not None  # set by layout.append
-            chosen = positions.flatten()[self.index(positions.device)]
+            chosen = positions.flatten()[self.layout.page_columns(self.pages, positions.device)]
             self._tables[keys.device] = adapter.rotary_tables(chosen, layer_idx, keys.dtype, keys.device)
         return self._tables[keys.device]
 
@@ -83,7 +87,7 @@ class _Blocks:
 
 
 class CacheStep:
-    """What lives during one forward pass only.
+    """One forward pass in which every layer's codes are reconstructed, attended to and discarded.
 
     Parameters
     ----------
@@ -102,11 +106,11 @@ class CacheStep:
     ) -> None:
         self.next_layer = 0
         self._guard = guard
-        self._adapter = adapter
-        self._layout = layout
-        self._columns_before = columns_before
-        self._coded = _Blocks(layout, list(layout.pages))
-        self._due = _Blocks(layout, layout.blocks_due())
+        self.adapter = adapter
+        self.layout = layout
+        self.columns_before = columns_before
+        self.coded = Blocks(layout, list(layout.pages))
+        self.due = Blocks(layout, layout.blocks_due())
 
     def run_layer(
         self,
@@ -116,13 +120,13 @@ class CacheStep:
         exact: ExactTokens,
         key_states: Tensor,
         value_states: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Any]:
         """Add the pass's tokens to one layer; return all to attend to, as `AquaCache.update` does."""
         keys = self._assemble(exact.sink_keys, exact.tail_keys, key_states.transpose(1, 2))
         values = self._assemble(exact.sink_values, exact.tail_values, value_states.transpose(1, 2))
-        if self._coded:
+        if self.coded:
             self._reconstruct(layer_idx, codec, pages, keys, values)
-        if self._due:
+        if self.due:
             self._compress(layer_idx, codec, pages, keys, values)
         self._keep_exact(exact, keys, values)
         self.next_layer += 1
@@ -130,7 +134,7 @@ class CacheStep:
 
     def finish(self) -> None:
         """Record what was compressed, once all layers are through."""
-        self._layout.commit(self._due.pages)
+        self.layout.commit(self.due.pages)
 
     def _reconstruct(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
@@ -138,26 +142,26 @@ class CacheStep:
         """Write the older tokens, as their codes give them, to their columns."""
         chunk = pages.all()
         codes = codec.unseal(chunk.encoded, pages.block_tokens)
-        history = self._coded.history(keys.device)
+        history = self.coded.history(keys.device)
         hat = codec.reconstruct(codes, history, reconstruction_dtype(keys))
-        tables = self._coded.tables(self._adapter, layer_idx, keys)
+        tables = self.coded.tables(self.adapter, layer_idx, keys)
         key_hat = (hat.keys + codec.keys.mean).view(-1, *keys.shape[2:])
-        self._coded.place(keys, rotate(key_hat, tables))
-        self._coded.place(values, hat.values + codec.values.mean)
+        self.coded.place(keys, rotate(key_hat, tables))
+        self.coded.place(values, hat.values + codec.values.mean)
         if chunk.outliers is not None:
-            columns = self._coded.index(keys.device).index_select(0, chunk.outliers.index)
+            columns = self.coded.index(keys.device).index_select(0, chunk.outliers.index)
             keys.view(-1, *keys.shape[2:]).index_copy_(0, columns, chunk.outliers.keys)
             values.view(-1, *values.shape[2:]).index_copy_(0, columns, chunk.outliers.values)
-        self._coded.hats = codec.extend(history, hat)
+        self.coded.hats = codec.extend(history, hat)
 
     def _compress(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
     ) -> None:
         """Encode the blocks that are due; this pass still attends to their exact values."""
-        tables = self._due.tables(self._adapter, layer_idx, keys)
-        exact_keys, exact_values = self._due.gather(keys), self._due.gather(values)
+        tables = self.due.tables(self.adapter, layer_idx, keys)
+        exact_keys, exact_values = self.due.gather(keys), self.due.gather(values)
         key_block, value_block = unrotate(exact_keys, tables).flatten(1), exact_values.flatten(1)
-        history = self._due.history(keys.device)
+        history = self.due.history(keys.device)
         codes, hat = codec.encode(key_block, value_block, history)
         excess = codec.excess(key_block, value_block, hat)
         outliers = None
@@ -165,42 +169,45 @@ class CacheStep:
             chosen = choose_outliers(excess, pages.block_tokens, self._guard.most(pages.block_tokens))
             if len(chosen):
                 outliers = Outliers(chosen.to(torch.int32), exact_keys[chosen], exact_values[chosen])
-        pages.append(codec.seal(codes, pages.block_tokens), len(self._due.pages), outliers)
-        self._due.hats = codec.extend(history, hat)
+        pages.append(codec.seal(codes, pages.block_tokens), len(self.due.pages), outliers)
+        self.due.hats = codec.extend(history, hat)
 
     def _assemble(self, sinks: Tensor, tail: Tensor, new: Tensor) -> Tensor:
         """Lay out all columns ``[rows, columns, heads, head_dim]``, compressed ones not yet written."""
         rows, _, heads, dim = new.shape
-        before = self._columns_before
+        before = self.columns_before
         if before == 0:
             return new
-        out = new.new_empty(rows, self._layout.columns, heads, dim)
+        out = new.new_empty(rows, self.layout.columns, heads, dim)
         tail_start = before - tail.shape[1]
         out[:, tail_start:before] = tail
         out[:, before:] = new
         if tail_start == 0:
             return out
-        for row, start in enumerate(self._layout.starts):
+        for row, start in enumerate(self.layout.starts):
             out[row, : min(start, tail_start)] = 0
-            held = min(self._layout.window.sink_tokens, before - start)
+            held = min(self.layout.window.sink_tokens, before - start)
             if held > 0:
                 out[row, start : start + held] = sinks[row, :held]
         return out
 
     def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
-        """Copy what stays exact out of the assembled columns, so that these can be freed."""
-        columns, window = self._layout.columns, self._layout.window
-        for row, start in enumerate(self._layout.starts):
-            first = max(start, self._columns_before)
+        """Copy what stays exact out of the columns at hand, so that these can be freed."""
+        columns, window = self.layout.columns, self.layout.window
+        before = self.due.first_column
+        for row, start in enumerate(self.layout.starts):
+            first = max(start, self.columns_before)
             last = min(start + window.sink_tokens, columns)
             if first < last:
-                exact.sink_keys[row, first - start : last - start] = keys[row, first:last]
-                exact.sink_values[row, first - start : last - start] = values[row, first:last]
-        due_rows = [row for row, _ in self._due.pages]
+                held, new = slice(first - start, last - start), slice(first - before, last - before)
+                exact.sink_keys[row, held] = keys[row, new]
+                exact.sink_values[row, held] = values[row, new]
+        due_rows = [row for row, _ in self.due.pages]
         tail_start = min(
             first + due_rows.count(row) * window.block_tokens
-            for row, first in enumerate(self._layout.first_exact_columns())
+            for row, first in enumerate(self.layout.first_exact_columns())
         )
+        tail_start -= before
         exact.tail_keys = keys[:, tail_start:].clone(memory_format=torch.contiguous_format)
         exact.tail_values = values[:, tail_start:].clone(memory_format=torch.contiguous_format)
 

@@ -26,11 +26,11 @@ class LatentStep:
     Attributes
     ----------
     transition
-        ``[rank, next_rank]`` float32; None at the first compressed layer, whose keys are not predicted.
+        ``[rank, next_rank]`` float64; None at the first compressed layer, whose keys are not predicted.
     innovation
-        ``[coefficients, next_rank]`` float32.
+        ``[coefficients, next_rank]`` float64.
     offset
-        ``[next_rank]`` float32.
+        ``[next_rank]`` float64.
     """
 
     transition: Tensor | None
@@ -77,11 +77,11 @@ def latent_steps(layers: Sequence[LayerCodec]) -> tuple[LatentStep, ...]:
             )
         if inputs.history != 1 or not isinstance(transform, LinearTransform):
             raise ConfigError("latent: expected a history of one layer and a klt transform")
-        down = reader.factors[0].float()
+        down = reader.factors[0].double()
         offset = down.new_zeros(down.shape[1])
         transition = None
         if own is not None:
-            transition = own.factors[-1].float() @ down
-            offset = own.bias @ down
-        steps.append(LatentStep(transition, transform.synthesis @ down, offset))
+            transition = own.factors[-1].double() @ down
+            offset = own.bias.double() @ down
+        steps.append(LatentStep(transition, transform.synthesis.double() @ down, offset))
     return tuple(steps)

@@ -15,6 +15,7 @@ from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, NUM_CLASSES, NUM_TABLES, E
 from aquakv.codec.file import read_codec_file, write_codec_file
 from aquakv.codec.fingerprint import ModelFingerprint
 from aquakv.codec.guard import OutlierGuard
+from aquakv.codec.latent import LatentStep, latent_steps
 from aquakv.codec.layer import LayerCodec, TensorCodec
 from aquakv.codec.predictor import AffinePredictor
 from aquakv.codec.quantizer import build_quantizer
@@ -51,6 +52,9 @@ class ModelCodec:
     _placed: dict[tuple[int, torch.device], LayerCodec] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _steps: dict[tuple[int, torch.device], LatentStep] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def bits_per_value(self) -> float:
@@ -67,6 +71,20 @@ class ModelCodec:
         if key not in self._placed:
             self._placed[key] = self.layers[index].to(device)
         return self._placed[key]
+
+    def latent_step_on(self, index: int, device: torch.device) -> LatentStep:
+        """Return the step from layer ``index``'s latent to the next one's on a device, made once.
+
+        Raises
+        ------
+        ConfigError
+            See `latent_steps`.
+        """
+        key = (index, device)
+        if key not in self._steps:
+            pair = [self.layer_on(number, device) for number in (index, index + 1)]
+            self._steps[key] = latent_steps(pair)[0]
+        return self._steps[key]
 
     def save(self, path: str | Path) -> None:
         """Write the codec to one ``.safetensors`` file, all or nothing.

@@ -1,8 +1,9 @@
-"""Hooks that tell a cache what `Cache.update` is not told: position ids and padding."""
+"""Hooks that tell a cache what `Cache.update` is not told, and let it attend in its own way."""
 
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class ForwardObserver(Protocol):
         ...
 
     def forward_begins(self, attention_mask: Tensor | None) -> None:
-        """Receive the 2-D padding mask ``[batch, tokens]``, if the caller gave one."""
+        """Receive the mask that the caller gave: of padding if it is 2-D, ``[batch, tokens]``."""
         ...
 
     def positions_known(self, position_ids: Tensor) -> None:
@@ -30,6 +31,11 @@ class ForwardObserver(Protocol):
 
     def forward_ends(self) -> None:
         """Learn that the pass is over, successfully or not."""
+        ...
+
+    @property
+    def attention(self) -> str | None:
+        """Name of the attention function that compressed layers use in this pass; None for the model's."""
         ...
 
 
@@ -42,6 +48,7 @@ class ModelHooks:
         self._users = 0
         self._handles: list[Any] = []
         self._current: ForwardObserver | None = None
+        self._swapped: tuple[Any, str] | None = None
 
     @classmethod
     def acquire(cls, model: PreTrainedModel, user: object) -> ModelAdapter:
@@ -60,6 +67,7 @@ class ModelHooks:
     def _release(hooks: ModelHooks) -> None:
         hooks._users -= 1
         if hooks._users == 0:
+            hooks._restore()
             for handle in hooks._handles:
                 handle.remove()
             hooks._handles.clear()
@@ -70,15 +78,35 @@ class ModelHooks:
             adapter.decoder.register_forward_hook(self._after_decoder, always_call=True),
             adapter.rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True),
         ]
+        for index in adapter.compressed_layers:
+            attention: Any = adapter.layers[index].self_attn
+            config = getattr(attention, "config", adapter.config)
+            self._handles += [
+                attention.register_forward_pre_hook(partial(self._before_attention, config)),
+                attention.register_forward_hook(self._restore, always_call=True),
+            ]
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._restore()  # an interrupt inside an attention module skips its hooks
         candidates = [kwargs.get("past_key_values"), *args]
         observers = (c for c in candidates if isinstance(c, ForwardObserver))
         self._current = next((observer for observer in observers if observer.decoder is module), None)
         if self._current is not None:
             mask = kwargs.get("attention_mask")
-            two_dimensional = isinstance(mask, Tensor) and mask.ndim == 2
-            self._current.forward_begins(mask if two_dimensional else None)
+            self._current.forward_begins(mask if isinstance(mask, Tensor) else None)
+
+    def _before_attention(self, config: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Only while this module runs: masks, and other layers, go by the name of the model's own.
+        name = None if self._current is None else self._current.attention
+        if name is not None:
+            self._swapped = config, config._attn_implementation
+            config._attn_implementation = name
+
+    def _restore(self, *_: Any) -> None:
+        if self._swapped is not None:
+            config, original = self._swapped
+            config._attn_implementation = original
+            self._swapped = None
 
     def _before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._current is not None:

@@ -1,0 +1,270 @@
+"""Attending to codes gives what reconstructing and attending gives."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from aquakv import AquaCache
+from aquakv.cache.fused import MOST_QUERIES, CodedView, Visible, why_not_fused
+from aquakv.cache.step import CacheStep
+from aquakv.codec import LinearTransform
+from aquakv.errors import ConfigError
+from tiny_models import build, codec_for, feed, guarded_codec, random_tokens, shared, two_stage_codec
+
+F64 = torch.float64
+KINDS = ["llama", "llama-odd", "qwen2", "qwen3", "gemma3"]
+
+
+@pytest.fixture(autouse=True)
+def steps(monkeypatch):
+    """Count the passes that attend to codes, and those that reconstruct some."""
+    found = {"fused": 0, "general": 0}
+    attend, reconstruct = CodedView.attend, CacheStep._reconstruct
+
+    def count_attend(*args, **kwargs):
+        found["fused"] += 1
+        return attend(*args, **kwargs)
+
+    def count_reconstruct(*args, **kwargs):
+        found["general"] += 1
+        return reconstruct(*args, **kwargs)
+
+    monkeypatch.setattr(CodedView, "attend", count_attend)
+    monkeypatch.setattr(CacheStep, "_reconstruct", count_reconstruct)
+    return found
+
+
+def both(model, codec, tokens, sizes, mask=None, **changes):
+    """Return the logits by both kinds of attention."""
+    return [
+        feed(model, AquaCache(model, codec, attention=attention, **changes), tokens, sizes, mask)
+        for attention in ("fused", "general")
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["decode", "guarded", "two-stage"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_fused_is_general(kind, name, implementation, steps):
+    model = shared(kind, F64)
+    if implementation == "eager":
+        model = build(kind, dtype=F64, attn_implementation="eager")
+    codec = {"guarded": guarded_codec, "two-stage": two_stage_codec}.get(name, lambda k: codec_for(k, name))(
+        kind
+    )
+    tokens = random_tokens(2, 50, seed=3)
+    fused, general = both(model, codec, tokens, [21, 1, 1, 3, 8, 1, 5, *[1] * 10])
+    # Transformers' eager attention has its softmax in float32.
+    torch.testing.assert_close(fused, general, atol=1e-9 if implementation == "sdpa" else 2e-6, rtol=0)
+    layers = len(codec.layers)
+    assert steps == {"fused": 16 * layers, "general": 16 * layers}
+
+
+@pytest.mark.parametrize("pads", [[0, 9, 20], [3, 0, 27]])
+@pytest.mark.parametrize("name", ["decode", "guarded"])
+def test_rows_of_unequal_length(pads, name, steps):
+    """Rows with many, few and no compressed tokens, one so short that its sinks arrive while decoding."""
+    model = shared("llama-odd", F64)
+    codec = guarded_codec("llama-odd") if name == "guarded" else codec_for("llama-odd", name)
+    tokens = random_tokens(3, 44, seed=4)
+    mask = torch.stack([(torch.arange(44) >= pad).long() for pad in pads])
+    sizes = [28, 1, 1, 2, *[1] * 12]
+    fused, general = both(model, codec, tokens, sizes, mask)
+    for row, pad in enumerate(pads):
+        torch.testing.assert_close(fused[row, pad:], general[row, pad:], atol=1e-9, rtol=0)
+    assert steps["fused"] == steps["general"] > 0
+
+
+def test_holes_in_the_mask_are_not_seen(steps):
+    model, codec = shared("llama", F64), codec_for("llama", "decode")
+    tokens = random_tokens(2, 40, seed=5)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, [1, 7, 15, 16, 33]] = 0  # a sink, compressed ones, one in the tail
+    mask[1, 20:27] = 0
+    fused, general = both(model, codec, tokens, [30, *[1] * 10], mask)
+    whole = both(model, codec, tokens, [30, *[1] * 10])[0]
+    seen = mask.bool()
+    torch.testing.assert_close(fused[seen], general[seen], atol=1e-9, rtol=0)
+    assert (fused - whole)[:, -1].abs().max() > 1e-3
+    assert steps["fused"] > 0
+
+
+def test_many_new_tokens_and_masks_of_ones_own_are_reconstructed_for(steps):
+    model, codec = shared("llama", F64), codec_for("llama", "decode")
+    tokens = random_tokens(1, 60, seed=6)
+    cache = AquaCache(model, codec, attention="fused")
+    feed(model, cache, tokens[:, :20], [20])
+    layers = len(codec.layers)
+    with torch.no_grad():
+        model(tokens[:, 20 : 21 + MOST_QUERIES], past_key_values=cache)
+        assert steps == {"fused": 0, "general": layers}
+        start = 21 + MOST_QUERIES
+        model(tokens[:, start : start + MOST_QUERIES], past_key_values=cache)
+        assert steps == {"fused": layers, "general": layers}
+        start += MOST_QUERIES
+        custom = torch.ones(1, 1, 1, start + 1, dtype=torch.bool)
+        custom[..., 5:9] = False
+        positions = torch.tensor([[start]])
+        logits = model(
+            tokens[:, start : start + 1],
+            past_key_values=cache,
+            attention_mask=custom,
+            position_ids=positions,
+        ).logits
+    assert steps == {"fused": layers, "general": 2 * layers}
+    other = AquaCache(model, codec, attention="general")
+    feed(model, other, tokens[:, :start], [start])
+    with torch.no_grad():
+        plain = model(tokens[:, start : start + 1], past_key_values=other, position_ids=positions).logits
+    assert (plain - logits).abs().max() > 1e-4
+
+
+def test_generation_and_beams(steps):
+    model, codec = shared("llama", F64), codec_for("llama", "decode")
+    prompt = random_tokens(2, 20, seed=7)
+    for settings in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}):
+        outputs = []
+        for attention in ("auto", "general"):
+            cache = AquaCache(model, codec, attention=attention)
+            outputs.append(
+                model.generate(prompt, past_key_values=cache, max_new_tokens=24, do_sample=False, **settings)
+            )
+        assert torch.equal(*outputs)
+    assert steps["fused"] > 0
+
+
+def test_the_model_attends_in_its_own_way_before_and_after():
+    model = build("llama")
+    codec = codec_for("llama", "decode")
+    tokens = random_tokens(1, 30, seed=8)
+    before = model(tokens).logits
+    cache = AquaCache(model, codec)
+    feed(model, cache, tokens[:, :26], [25, 1])
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(tokens).logits, before)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("on purpose")
+
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        feed(model, cache, tokens[:, 26:27], [1])
+    handle.remove()
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_an_interrupt_leaves_the_model_usable():
+    """Hooks do not run then, so the name of our attention may be left in the configuration."""
+    model, codec, tokens = build("llama"), codec_for("llama", "decode"), random_tokens(1, 30, seed=8)
+    before = model(tokens).logits
+    cache = AquaCache(model, codec)
+    feed(model, cache, tokens[:, :25], [25])
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, tokens[:, 25:26], [1])
+    handle.remove()
+    assert torch.equal(model(tokens).logits, before)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["paper", "higgs", "storage"])
+def test_codecs_that_cannot_be_attended_to(name, steps):
+    model, codec = shared("llama"), codec_for("llama", name)
+    assert why_not_fused(codec) is not None
+    with pytest.raises(ConfigError, match="quantiser is"):
+        AquaCache(model, codec, attention="fused")
+    feed(model, AquaCache(model, codec), random_tokens(1, 24), [20, 1, 1, 1, 1])
+    assert steps["fused"] == 0 < steps["general"]
+
+
+def test_other_choices_are_refused():
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    with pytest.raises(ConfigError, match="auto, fused or general"):
+        AquaCache(model, codec, attention="fast")
+    values = dataclasses.replace(codec.config.predictor, value_inputs=("keys", "previous_values"))
+    layers = tuple(dataclasses.replace(layer, inputs=values) for layer in codec.layers)
+    assert "previous_values" in why_not_fused(dataclasses.replace(codec, layers=layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_dtypes(dtype, steps):
+    model, codec = shared("llama", dtype), codec_for("llama", "decode", 4)
+    tokens = random_tokens(2, 40, seed=9)
+    fused, general = both(model, codec, tokens, [30, *[1] * 10])
+    exact = model(tokens).logits
+    noise = (general - shared("llama", F64)(tokens).logits).abs().max()
+    assert fused.dtype == dtype
+    assert (fused - general).abs().max() < {torch.float32: 1e-5}.get(dtype, 0.05)
+    assert (fused.double() - exact.double()).abs().max() < 2 * noise + 0.05
+    assert steps["fused"] > 0
+
+
+# --- softcap and sink logits, which no tiny model here has ------------------------------------------------
+
+
+def _view(rows=2, tokens=24, heads=2, dim=8, held=5, latent=True, seed=0):
+    """Return a view of random codes, and all keys and values that it stands for, densely."""
+    codec = codec_for("llama", "decode").layers[1 if latent else 0]
+    heads, dim = 2, codec.features // 2
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    count = rows * tokens
+    u, y = (normal(count, part.quantizer.features) for part in (codec.keys, codec.values))
+    assert isinstance(codec.keys.transform, LinearTransform)
+    key_hat, c = u @ codec.keys.transform.synthesis.double(), None
+    if latent:
+        c = normal(count, codec.keys.predictor.rank)
+        key_hat += c @ codec.keys.predictor.factors[-1].double() + codec.keys.predictor.bias.double()
+    value_hat = y @ codec.values.transform.synthesis.double() + codec.values.mean.double()
+    value_hat += codec.values.predictor.predict((key_hat,))
+    keys = (key_hat + codec.keys.mean.double()).view(count, heads, dim)
+    exact_keys, exact_values = normal(rows, held, heads, dim), normal(rows, held, heads, dim)
+    grid = torch.arange(count).view(tokens, rows).T.contiguous()  # storage order is not that of rows
+    coded = torch.rand(rows, 1, tokens, generator=generator) > 0.2
+    seen = torch.rand(rows, 1, held, generator=generator) > 0.2
+    view = CodedView(
+        codec, keys, u, y, c, None, exact_keys, exact_values, Visible(grid, coded, seen.expand(-1, 1, -1))
+    )
+    all_keys = torch.cat([keys[grid], exact_keys], 1)
+    all_values = torch.cat([value_hat.view(count, heads, dim)[grid], exact_values], 1)
+    return view, all_keys, all_values, torch.cat([coded, seen], 2)
+
+
+@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attend_is_attention(latent, softcap, sinks):
+    view, keys, values, seen = _view(latent=latent)
+    rows, _, heads, dim = keys.shape
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(rows, 3 * heads, 1, dim, generator=generator, dtype=F64)
+    sink_logits = torch.randn(3 * heads, generator=generator, dtype=F64) if sinks else None
+    out = view.attend(query, 0.3, softcap, sink_logits)
+    scores = torch.einsum("bhqd,bthd->bhqt", query, keys.repeat_interleave(3, 2)) * 0.3
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sink_logits is not None:
+        scores = torch.cat([scores, sink_logits.view(1, -1, 1, 1).expand(rows, -1, 1, 1)], 3)
+    weights = scores.softmax(-1)[..., : keys.shape[1]]
+    expected = torch.einsum("bhqt,bthd->bqhd", weights, values.repeat_interleave(3, 2))
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
+
+
+def test_a_row_of_padding_gets_zeros():
+    view, *_ = _view()
+    nothing = Visible(view.visible.grid, view.visible.coded.clone(), view.visible.exact.clone())
+    nothing.coded[1], nothing.exact[1] = False, False
+    query = torch.randn(2, 4, 1, view.keys.shape[2], dtype=F64)
+    out = dataclasses.replace(view, visible=nothing).attend(query, 1.0)
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    assert out[0].abs().max() > 0
