@@ -1,5 +1,6 @@
 """Attending to codes gives what reconstructing and attending gives."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -181,6 +182,28 @@ def test_codecs_that_cannot_be_attended_to(name, steps):
         AquaCache(model, codec, attention="fused")
     feed(model, AquaCache(model, codec), random_tokens(1, 24), [20, 1, 1, 1, 1])
     assert steps["fused"] == 0 < steps["general"]
+
+
+def test_eager_attention_keeps_its_weights_unless_asked(steps):
+    model, codec = build("llama", attn_implementation="eager"), codec_for("llama", "decode")
+    cache, tokens = AquaCache(model, codec), random_tokens(1, 26)
+    feed(model, cache, tokens[:, :25], [25])
+    with torch.no_grad():
+        found = model(tokens[:, 25:], past_key_values=cache, output_attentions=True).attentions
+    assert [weights.shape for weights in found] == [(1, 4, 1, 26)] * 3
+    assert steps == {"fused": 0, "general": 3}
+
+
+def test_copies_attend_alike(steps):
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    tokens = random_tokens(1, 30, seed=2)
+    for attention in ("auto", "fused", "general"):
+        cache = AquaCache(model, codec, attention=attention)
+        feed(model, cache, tokens[:, :25], [25])
+        before = dict(steps)
+        feed(model, copy.deepcopy(cache), tokens[:, 25:], [1] * 5)
+        kind = "general" if attention == "general" else "fused"
+        assert steps == {**before, kind: before[kind] + 15}
 
 
 def test_other_choices_are_refused():

@@ -48,7 +48,8 @@ class AquaCache(Cache):
     attention
         ``general`` reconstructs all keys and values of a layer and leaves attention to the model. ``fused``
         attends to the codes in passes of up to `MOST_QUERIES` new tokens (decoding), where that is less work.
-        ``auto`` is ``fused`` where codec and model allow it.
+        ``auto`` is ``fused`` where the codec allows it and the model attends by ``sdpa`` (those who chose
+        ``eager`` may want its attention weights, which ``fused`` has not).
 
     Raises
     ------
@@ -79,6 +80,7 @@ class AquaCache(Cache):
         self._adapter: ModelAdapter = ModelHooks.acquire(model, self)
         self.codec.fingerprint.require_match(self._adapter.fingerprint(), name)
         self.window = window or self.codec.config.window
+        self._choice: AttentionChoice = attention
         self._fused = self._may_fuse(attention)
         self._order = {layer: index for index, layer in enumerate(self._adapter.compressed_layers)}
         self._step: CacheStep | None = None
@@ -141,7 +143,7 @@ class AquaCache(Cache):
             reason = f"the model attends by {implementation}, expected sdpa or eager"
         if reason is not None and attention == "fused":
             raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
-        return reason is None
+        return reason is None and (attention == "fused" or implementation == "sdpa")
 
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
@@ -316,8 +318,7 @@ class AquaCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:
         """Copy the tokens; the model and the codec are shared."""
         self._require_intact()
-        attention: AttentionChoice = "auto" if self._fused else "general"
-        other = AquaCache(self._adapter.model, self.codec, window=self.window, attention=attention)
+        other = AquaCache(self._adapter.model, self.codec, window=self.window, attention=self._choice)
         other.layout = copy.deepcopy(self.layout, memo)
         other.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in other._compressed:
