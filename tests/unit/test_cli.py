@@ -434,3 +434,40 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(place, capsys, monkeypatch)
     code, out, err = _run(capsys, *_calibrate(place))
     assert (code, out, err) == (1, "", "aquakv: interrupted\n")
     assert not os.listdir()
+
+
+# --- bench ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "column"),
+    [
+        ("decode", ["--steps", "2"], "median_ms"),
+        ("encode", ["--repeats", "2"], "encoding_share"),
+        ("memory", [], "peak_bytes"),
+    ],
+)
+def test_bench(place, capsys, name, extra, column):
+    code, out, err = _run(
+        capsys, "bench", name, place / "tiny", "--codec", place / "codec", "--data", place / "test.txt",
+        "--context", 150, "--context", 200, "--rows", 2, "--device", "cpu", "--json", "out.json", *extra,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split()[:2] == ["context", "cache"]
+    assert sum("exact" in line for line in lines[1:]) == 2
+    result = json.loads(Path("out.json").read_text())
+    assert (result["schema_version"], result["command"]) == (1, f"bench {name}")
+    assert result["codecs"][0]["sha256"] == hashlib.sha256((place / "codec").read_bytes()).hexdigest()
+    assert {row["context"] for row in result["rows"]} == {150, 200}
+    assert all(column in row for row in result["rows"])
+    assert {"versions", "device", "git_sha", "model", "data"} <= set(result)
+
+
+def test_bench_refuses(place, capsys):
+    tiny, codec = place / "tiny", ["--codec", place / "codec"]
+    _refused(capsys, "bench", "decode", tiny, *codec, "--context", 600, says="512")
+    _refused(capsys, "bench", "decode", tiny, *codec, *codec, says="different names")
+    _refused(capsys, "bench", "memory", tiny, says="--codec")
+    _refused(capsys, "bench", "memory", tiny, "--codec", "nowhere", says="nowhere")
+    assert not Path("out.json").exists()

@@ -1,0 +1,107 @@
+"""Benchmarks of caches: what they measure is right, whatever the times are."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from aquakv import AquaCache
+from aquakv.errors import DataError
+from aquakv.evaluation.bench import WARM_UP, bench_decode, bench_encode, bench_memory, contestants, held_bytes
+from tiny_models import codec_for, feed, random_tokens, shared
+
+CODECS = {"a": ("decode", 3), "b": ("paper", 2)}
+NAMES = ["exact", "a, general path", "a, fused path", "b, general path"]
+
+
+@pytest.fixture(scope="module")
+def codecs():
+    return {name: codec_for("llama", *choice) for name, choice in CODECS.items()}
+
+
+def test_contestants(codecs):
+    assert [one.name for one in contestants(codecs)] == NAMES
+    assert [one.name for one in contestants(codecs, both_paths=False)] == [NAMES[0], *NAMES[2:]]
+    model = shared("llama")
+    kinds = [one.build(model) for one in contestants(codecs)]
+    assert [type(kind) for kind in kinds] == [DynamicCache, *[AquaCache] * 3]
+    assert [kind._fused for kind in kinds[1:]] == [False, True, False]
+
+
+def test_decode_rows(codecs):
+    model, tokens, seen = shared("llama", torch.float64), random_tokens(2, 60), []
+    rows = bench_decode(model, codecs, tokens, [20, 40], 6, seen.append)
+    assert [(row["context"], row["contestant"]) for row in rows] == [(c, n) for c in (20, 40) for n in NAMES]
+    for row in rows:
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert (row["rows"], row["steps"], row["dtype"]) == (2, 6, "float64")
+    for start in (0, 4):
+        exact, general, fused, paper = rows[start : start + 4]
+        assert (exact["ratio_to_exact"], exact["mean_kl"], exact["bits_per_value"]) == (1.0, 0.0, 64.0)
+        # Two ways to the same predictions; those of another codec are others.
+        assert 0 < fused["mean_kl"] == pytest.approx(general["mean_kl"], rel=1e-6)
+        assert paper["mean_kl"] != pytest.approx(general["mean_kl"], rel=1e-3)
+        assert general["bits_per_value"] == fused["bits_per_value"] < paper["bits_per_value"] * 2
+        assert general["ratio_to_exact"] == pytest.approx(general["median_ms"] / exact["median_ms"])
+    # The divergence is the mean over all steps, those of warming up included.
+    cache = AquaCache(model, codecs["b"])
+    full = feed(model, DynamicCache(config=model.config), tokens[:, : 20 + 6 + WARM_UP], [28])
+    ours = feed(model, cache, tokens[:, : 20 + 6 + WARM_UP], [20, *[1] * (6 + WARM_UP)])
+    p, q = (logits[:, 20:].log_softmax(-1) for logits in (full, ours))
+    assert rows[3]["mean_kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-6)
+    assert [state.done for state in seen] == list(range(1, seen[-1].total + 1))
+
+
+def test_encode_rows(codecs):
+    rows = bench_encode(shared("llama"), codecs, random_tokens(1, 50), [30], 3)
+    assert [row["contestant"] for row in rows] == [NAMES[0], *NAMES[2:]]
+    for row in rows:
+        assert row["encoding_share"] == pytest.approx(row["ratio_to_exact"] - 1)
+        assert row["tokens_per_second"] == pytest.approx(1e3 * 30 / row["median_ms"])
+    assert rows[0]["bits_per_value"] == 32.0
+    assert rows[1]["bits_per_value"] < rows[0]["bits_per_value"] / 4
+
+
+def test_memory_rows(codecs):
+    model, tokens = shared("llama"), random_tokens(2, 50)
+    rows = bench_memory(model, codecs, tokens, [40])
+    assert [row["contestant"] for row in rows] == NAMES
+    exact = DynamicCache(config=model.config)
+    feed(model, exact, tokens[:, :40], [40])
+    assert rows[0]["held_bytes"] == held_bytes(exact) == 2 * 3 * 2 * 40 * 32 * 4  # k, v; layers; rows
+    cache = AquaCache(model, codecs["a"])
+    feed(model, cache, tokens[:, :40], [40])
+    assert rows[2]["held_bytes"] == rows[1]["held_bytes"] == cache.footprint().total_bytes
+    assert rows[2]["code_bytes"] == cache.footprint().coded_bytes
+    assert rows[0]["code_bytes"] is None
+    for row in rows:
+        # The step holds the cache with one more token, and something to compute with, for all layers' sake
+        # less than five times what the model's activations and one layer need.
+        assert row["held_bytes"] < row["peak_bytes"] < row["held_bytes"] + 400_000
+        assert row["held_ratio_to_exact"] == pytest.approx(row["held_bytes"] / rows[0]["held_bytes"])
+        assert row["peak_ratio_to_exact"] == pytest.approx(row["peak_bytes"] / rows[0]["peak_bytes"])
+
+
+def test_memory_sees_what_a_step_takes(codecs, monkeypatch):
+    model, tokens, forward = shared("llama"), random_tokens(1, 50), DynamicCache.update
+
+    def wasteful(self, *args, **kwargs):
+        scratch = torch.ones(1 << 20)
+        out = forward(self, *args, **kwargs)
+        del scratch
+        return out
+
+    before = bench_memory(model, {}, tokens, [40])[0]["peak_bytes"]
+    monkeypatch.setattr(DynamicCache, "update", wasteful)
+    after = bench_memory(model, {}, tokens, [40])[0]["peak_bytes"]
+    assert 4 << 20 <= after < before + (4 << 20) + 65536
+
+
+def test_too_few_tokens(codecs):
+    model = shared("llama")
+    for call in (
+        lambda t: bench_decode(model, codecs, t, [40], 9),
+        lambda t: bench_memory(model, codecs, t, [50]),
+        lambda t: bench_encode(model, codecs, t, [51], 2),
+    ):
+        with pytest.raises(DataError, match="benchmark: expected tokens"):
+            call(random_tokens(1, 50))
