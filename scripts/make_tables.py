@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/variants.md from the committed results; ``--check`` only compares.
+"""Write the tables of README.md and docs from the committed results; ``--check`` only compares.
 
     python scripts/make_tables.py [--check]
 
@@ -165,7 +165,26 @@ def speed() -> str:
     )
 
 
-TABLES = {"quality": quality, "speed": speed, "variants": variants}
+def kernels() -> str:
+    content, all_rows = rows("decode-h100")
+    found = {(row["shape"], row["setting"], row["contestant"]): row for row in all_rows}
+    parts = list(dict.fromkeys(row["contestant"] for row in all_rows if row["setting"]))
+    lines = [
+        f"| tokens | setting | bits per value | bf16 attention | {' | '.join(parts)} | chain to bf16 |",
+        "| --- " * (len(parts) + 5) + "|",
+    ]
+    for shape, setting in dict.fromkeys((row["shape"], row["setting"]) for row in all_rows if row["setting"]):
+        chain, exact = found[shape, setting, "chain"], found[shape, "", "bf16 attention"]
+        times = [
+            f"{1e3 * row['median_ms']:.0f}" for row in (exact, *(found[shape, setting, p] for p in parts))
+        ]
+        bits, ratio = f"{chain['bits_per_value']:.2f}", f"{chain['ratio_to_bf16']:.2f}"
+        lines.append(f"| {' | '.join([shape, setting, bits, *times, ratio])} |")
+    lines += ["", f"Microseconds, medians; torch {content['versions']['torch']}, {content['device']}."]
+    return "\n".join(lines)
+
+
+TABLES = {"quality": quality, "speed": speed, "variants": variants, "kernels": kernels}
 
 
 def main() -> None:
@@ -175,7 +194,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = []
-    for path in (ROOT / "README.md", ROOT / "docs" / "variants.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "variants.md", ROOT / "docs" / "kernels.md"):
         old = path.read_text(encoding="utf-8")
         new = re.sub(
             r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",

@@ -1,0 +1,19 @@
+"""Attention of one decode step straight on codes: neither keys nor values are ever reconstructed."""
+
+from aquakv.kernels.codes import PagedCodes
+from aquakv.kernels.decode import CodedAttention, attend_codes
+from aquakv.kernels.operands import DecodeOperands
+from aquakv.kernels.pages import PAGE_TOKENS, PageLayout, pack_pages, unpack_pages
+from aquakv.kernels.rotary import PageRotary
+
+__all__ = [
+    "PAGE_TOKENS",
+    "CodedAttention",
+    "DecodeOperands",
+    "PageLayout",
+    "PageRotary",
+    "PagedCodes",
+    "attend_codes",
+    "pack_pages",
+    "unpack_pages",
+]

@@ -1,0 +1,81 @@
+"""Attention of one decode step at one layer, from codes alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from aquakv.kernels.backend import Backend
+from aquakv.kernels.codes import PagedCodes
+from aquakv.kernels.combine import combine
+from aquakv.kernels.operands import DecodeOperands
+from aquakv.kernels.rotary import PageRotary
+from aquakv.kernels.scores import next_latents, scores
+from aquakv.kernels.weighted_code_sum import weighted_code_sum
+
+__all__ = ["CodedAttention", "DecodeOperands", "PageRotary", "PagedCodes", "attend_codes"]
+
+
+class CodedAttention(NamedTuple):
+    """What a layer's coded tokens contribute.
+
+    Attributes
+    ----------
+    out
+        ``[rows, query_heads, head_dim]`` float32: attention over the coded tokens alone.
+    lse
+        ``[rows, query_heads]`` float32: logarithm of the sum of the exponentials of their scores.
+    next_latents
+        ``[rows, tokens, next_width]`` float16 for the layer after; None at the last layer.
+    """
+
+    out: Tensor
+    lse: Tensor
+    next_latents: Tensor | None
+
+
+def attend_codes(
+    query: Tensor,
+    codes: PagedCodes,
+    latents: Tensor | None,
+    operands: DecodeOperands,
+    rotary: PageRotary,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> CodedAttention:
+    """Attend from one new token per row to a layer's coded tokens.
+
+    Nothing waits for the device, so that a CUDA graph can capture it.
+
+    Parameters
+    ----------
+    query
+        ``[rows, query_heads, head_dim]`` in any floating dtype, rotated to the new token's position.
+    codes
+        The layer's codes.
+    latents
+        ``[rows, tokens, latent_width]`` float16, from the layer before; None at the first layer.
+    operands, rotary
+        The layer's operands (float16 for Triton); the rotary tables of the pages.
+    scaling, softcap
+        Scores are ``scaling * query · key``, then ``softcap * tanh(score / softcap)`` if it is given.
+    backend
+        ``auto`` is Triton on a GPU and the plain-torch definition elsewhere.
+
+    Raises
+    ------
+    ShapeError
+        A tensor does not fit the operands.
+    ConfigError
+        The backend cannot run here.
+    """
+    scored = scores(
+        query, codes, latents, operands, rotary, scaling=scaling, softcap=softcap, backend=backend
+    )
+    following = next_latents(codes, latents, operands, backend=backend) if operands.next_width else None
+    summed = weighted_code_sum(scored, codes, latents, operands, backend=backend)
+    out, lse = combine(summed, scored.maxima, operands, backend=backend)
+    return CodedAttention(out, lse, following)
