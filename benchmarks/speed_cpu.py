@@ -222,7 +222,7 @@ def decode_rows(
         rows.append(
             {
                 "contestant": name,
-                "phase": "decode step, general path",
+                "phase": "decode step",
                 "context": context,
                 "dtype": "bfloat16",
                 "median_ms": statistics.median(measured[3:]),
