@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from aquakv import AquaCache
+from aquakv import AquaCache, ModelCodec
 from aquakv.errors import DataError
 from aquakv.evaluation.bench import WARM_UP, bench_decode, bench_encode, bench_memory, contestants, held_bytes
 from tiny_models import codec_for, feed, random_tokens, shared
@@ -94,6 +94,16 @@ def test_memory_sees_what_a_step_takes(codecs, monkeypatch):
     monkeypatch.setattr(DynamicCache, "update", wasteful)
     after = bench_memory(model, {}, tokens, [40])[0]["peak_bytes"]
     assert 4 << 20 <= after < before + (4 << 20) + 65536
+
+
+def test_memory_is_the_same_whoever_comes_first(codecs):
+    model, tokens = shared("llama"), random_tokens(1, 50)
+    fresh = {
+        name: ModelCodec(codec.config, codec.fingerprint, codec.layers) for name, codec in codecs.items()
+    }
+    first, second = (bench_memory(model, fresh, tokens, [20, 40]) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one["peak_bytes"] == pytest.approx(other["peak_bytes"], abs=4096)
 
 
 def test_too_few_tokens(codecs):

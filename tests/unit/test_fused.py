@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import threading
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from aquakv import AquaCache
 from aquakv.cache.fused import MOST_QUERIES, CodedView, Visible, why_not_fused
 from aquakv.cache.step import CacheStep
 from aquakv.codec import LinearTransform
-from aquakv.errors import ConfigError
-from tiny_models import build, codec_for, feed, guarded_codec, random_tokens, shared, two_stage_codec
+from aquakv.errors import CacheStateError, ConfigError
+from aquakv.evaluation.single_pass import single_pass
+from aquakv.models.adapter import adapt
+from tiny_models import WINDOW, build, codec_for, feed, guarded_codec, random_tokens, shared, two_stage_codec
 
 F64 = torch.float64
 KINDS = ["llama", "llama-odd", "qwen2", "qwen3", "gemma3"]
@@ -156,22 +160,202 @@ def test_the_model_attends_in_its_own_way_before_and_after():
     assert torch.equal(model(tokens).logits, before)
 
 
-def test_an_interrupt_leaves_the_model_usable():
-    """Hooks do not run then, so the name of our attention may be left in the configuration."""
-    model, codec, tokens = build("llama"), codec_for("llama", "decode"), random_tokens(1, 30, seed=8)
-    before = model(tokens).logits
-    cache = AquaCache(model, codec)
-    feed(model, cache, tokens[:, :25], [25])
-
+def _interrupted(model, cache, tokens):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        feed(model, cache, tokens[:, 25:26], [1])
+        feed(model, cache, tokens, [tokens.shape[1]])
     handle.remove()
+
+
+def test_an_interrupt_leaves_the_model_usable(steps):
+    """Hooks behind a module do not run then."""
+    model, codec, tokens = build("llama"), codec_for("llama", "decode"), random_tokens(1, 30, seed=8)
+    before = model(tokens).logits
+    cache = AquaCache(model, codec)
+    feed(model, cache, tokens[:, :25], [25])
+    _interrupted(model, cache, tokens[:, 25:26])
+    fresh = AquaCache(model, codec, attention="fused")
     assert torch.equal(model(tokens).logits, before)
-    assert model.config._attn_implementation == "sdpa"
+    feed(model, fresh, tokens, [25, *[1] * 5])
+    assert steps["fused"] == 5 * 3 + 2  # two layers before the interrupt
+    config = model.config
+    del cache, fresh
+    gc.collect()
+    assert all(layer.self_attn.config is config for layer in model.model.layers)
+
+
+def test_masks_in_other_forms_are_not_missed(steps):
+    """By position, and as a dictionary of what layers see, which only the model understands."""
+    model, codec = shared("qwen3", F64), codec_for("qwen3", "decode")
+    tokens, pads = random_tokens(2, 40, seed=5), (0, 11)
+    mask = torch.stack([(torch.arange(40) >= pad).long() for pad in pads])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = {}
+    for form in ("keyword", "position", "dictionary"):
+        cache, outputs, start = AquaCache(model, codec, attention="fused"), [], 0
+        for size in (30, *[1] * 10):
+            part = slice(start, start + size)
+            start += size
+            new, where, seen = tokens[:, part], positions[:, part], mask[:, :start]
+            with torch.no_grad():
+                if form == "keyword" or (form == "dictionary" and size == 30):
+                    out = model.model(new, attention_mask=seen, position_ids=where, past_key_values=cache)
+                elif form == "position":
+                    out = model.model(new, seen, where, cache)
+                else:
+                    four = {"full_attention": seen[:, None, None].bool()}
+                    out = model.model(new, attention_mask=four, position_ids=where, past_key_values=cache)
+            outputs.append(out.last_hidden_state)
+        found[form] = torch.cat(outputs, 1)
+    for form in ("position", "dictionary"):
+        for row, pad in enumerate(pads):
+            torch.testing.assert_close(found[form][row, pad:], found["keyword"][row, pad:], atol=1e-9, rtol=0)
+    assert steps["fused"] == 2 * 10 * len(codec.layers)
+    assert steps["general"] == 10 * len(codec.layers)
+
+
+@pytest.mark.parametrize("bits", [0.05, 0.2, 0.5])
+def test_layers_without_coefficients(bits, steps):
+    model, codec = shared("llama", F64), codec_for("llama", "decode", bits)
+    widths = [part.quantizer.features for layer in codec.layers for part in (layer.keys, layer.values)]
+    assert bits > 0.1 or 0 in widths
+    fused, general = both(model, codec, random_tokens(2, 40, seed=5), [30, *[1] * 10])
+    torch.testing.assert_close(fused, general, atol=1e-9, rtol=0)
+    assert steps["fused"] > 0
+
+
+def test_what_is_not_a_number_stays_in_its_row():
+    model, codec = build("llama", dtype=F64), codec_for("llama", "decode")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[39] = torch.nan
+    tokens, pads = random_tokens(2, 44, seed=5).clamp(max=38), (0, 20)
+    tokens[0, 5] = 39  # compressed, and the first in storage
+    mask = torch.stack([(torch.arange(44) >= pad).long() for pad in pads])
+    fused, general = both(model, codec, tokens, [34, *[1] * 10], mask)
+    assert general[0, 10:].isnan().all()
+    assert fused[0, 10:].isnan().all()
+    torch.testing.assert_close(fused[1, 20:], general[1, 20:], atol=1e-9, rtol=0)
+
+
+def test_sums_of_many_tokens_stay_in_range():
+    """Of weights that are not divided by their sum, float16 would hold 65504 at most."""
+    view, keys, _, _ = _view(rows=1, tokens=3)
+    many = 40_000
+    half = dataclasses.replace(
+        view,
+        keys=torch.zeros(many, *view.keys.shape[1:]),
+        key_coefficients=torch.full((many, view.key_coefficients.shape[1]), 0.5, dtype=torch.float16),
+        value_coefficients=torch.full((many, view.value_coefficients.shape[1]), 3.0, dtype=torch.float16),
+        latent=torch.full((many, view.latent.shape[1]), 3.0, dtype=torch.float16),
+        visible=Visible(None, torch.ones(1, 1, many, dtype=torch.bool), view.visible.exact, False),
+    )
+    query = torch.zeros(1, 4, 1, keys.shape[3])
+    assert half.attend(query, 1.0).isfinite().all()
+
+
+class Meddling(torch.nn.Module):
+    """An attention that does something to values behind the cache."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config, self.layer_idx = inner, inner.config, inner.layer_idx
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        class Doubling:
+            def update(self, *args, **more):
+                keys, values = past_key_values.update(*args, **more)
+                return keys, values * 2 / 2
+
+        return self.inner(hidden_states, past_key_values=past_key_values and Doubling(), **kwargs)
+
+
+def test_attention_that_needs_tensors_is_left_to_the_model(steps, monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(Meddling, "__module__", type(model.model.layers[0].self_attn).__module__)
+    codec = codec_for("llama", "decode")
+    for layer in model.model.layers:
+        layer.self_attn = Meddling(layer.self_attn)
+    with pytest.raises(ConfigError, match="needs keys and values as tensors"):
+        AquaCache(model, codec, attention="fused")
+    feed(model, AquaCache(model, codec), random_tokens(1, 24), [20, 1, 1, 1, 1])
+    assert steps["fused"] == 0 < steps["general"]
+
+
+def test_arguments_that_views_do_not_know_are_refused(monkeypatch):
+    model, codec = build("llama"), codec_for("llama", "decode")
+    cache, tokens = AquaCache(model, codec, attention="fused"), random_tokens(1, 26)
+    feed(model, cache, tokens[:, :25], [25])
+    with pytest.raises(CacheStateError, match="position_bias"), torch.no_grad():
+        model(tokens[:, 25:], past_key_values=cache, position_bias=torch.zeros(1))
+
+
+def test_single_pass_beside_a_cache_leaves_it_working(steps):
+    model, codec = shared("llama", F64), codec_for("llama", "decode")
+    tokens = random_tokens(2, 44, seed=7)
+    cache = AquaCache(model, codec, attention="fused")
+    first = feed(model, cache, tokens[:, :30], [1] * 30)
+    with torch.no_grad(), single_pass(adapt(model), codec, WINDOW) as once:
+        expected = model(tokens, past_key_values=once, use_cache=True).logits
+    rest = feed(model, cache, tokens[:, 30:], [1] * 14)
+    torch.testing.assert_close(torch.cat([first, rest], 1), expected, atol=1e-9, rtol=0)
+    assert steps["fused"] == (44 - 10) * 3
+
+
+def test_another_thread_may_use_the_model():
+    model, codec, tokens = build("llama"), codec_for("llama", "decode"), random_tokens(1, 60, seed=8)
+    plain = model(tokens).logits
+    expected = feed(model, AquaCache(model, codec), tokens, [25, *[1] * 35])
+    done, found = threading.Event(), []
+
+    def other():
+        with torch.no_grad():
+            while not done.is_set():
+                found.append(model(tokens).logits)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        logits = feed(model, AquaCache(model, codec), tokens, [25, *[1] * 35])
+    finally:
+        done.set()
+        thread.join()
+    torch.testing.assert_close(logits, expected)
+    assert found
+    assert all(torch.allclose(one, plain, atol=1e-5) for one in found)
+
+
+def test_a_copied_model_works_by_itself():
+    model, codec, tokens = build("llama"), codec_for("llama", "decode"), random_tokens(1, 30, seed=8)
+    before = model(tokens).logits
+    cache = AquaCache(model, codec)
+    twin = copy.deepcopy(model)
+    feed(model, cache, tokens, [25, *[1] * 5])
+    assert torch.equal(twin(tokens).logits, before)
+    other = AquaCache(twin, codec)
+    assert torch.equal(
+        feed(twin, other, tokens, [25, *[1] * 5]),
+        feed(model, AquaCache(model, codec), tokens, [25, *[1] * 5]),
+    )
+    del other
+    gc.collect()
+    assert torch.equal(twin(tokens).logits, before)
+
+
+def test_a_mask_that_is_too_short_is_the_models_affair(steps):
+    model, codec = shared("llama", F64), codec_for("llama", "decode")
+    tokens, logits = random_tokens(1, 27), []
+    for attention in ("fused", "general"):
+        cache = AquaCache(model, codec, attention=attention)
+        feed(model, cache, tokens[:, :25], [25], torch.ones(1, 25, dtype=torch.long))
+        before = dict(steps)
+        with torch.no_grad():
+            short = torch.ones(1, 20, dtype=torch.long)
+            logits.append(model(tokens[:, 25:26], attention_mask=short, past_key_values=cache).logits)
+        assert steps["fused"] == before["fused"]
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("name", ["paper", "higgs", "storage"])

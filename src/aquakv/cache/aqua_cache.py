@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
-from aquakv.cache.fused import ATTENTION_NAME, MOST_QUERIES, FusedStep, why_not_fused
+from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.step import CacheStep
 from aquakv.cache.storage import CodedPages, storage_bytes
@@ -21,6 +21,7 @@ from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError, ConfigError
 from aquakv.models.adapter import ModelAdapter
+from aquakv.models.attention import attends_to_views
 from aquakv.models.hooks import ModelHooks
 
 #: How a cache is attended to.
@@ -82,6 +83,8 @@ class AquaCache(Cache):
         self.window = window or self.codec.config.window
         self._choice: AttentionChoice = attention
         self._fused = self._may_fuse(attention)
+        if self._fused:
+            ModelHooks.accept_views(self._adapter)
         self._order = {layer: index for index, layer in enumerate(self._adapter.compressed_layers)}
         self._step: CacheStep | None = None
         self._mask: Tensor | None = None
@@ -108,10 +111,10 @@ class AquaCache(Cache):
         """The decoder stack whose forward passes concern this cache."""
         return self._adapter.decoder
 
-    def forward_begins(self, attention_mask: Tensor | None) -> None:
+    def forward_begins(self, attention_mask: Any) -> None:
         """Receive the mask of a forward pass (called by the model's hooks)."""
         self._require_intact()
-        padding = attention_mask is None or attention_mask.ndim == 2
+        padding = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
         self._in_forward, self._custom_mask, self._positions = True, not padding, None
         self._mask = attention_mask if padding else None
 
@@ -119,18 +122,11 @@ class AquaCache(Cache):
         """Receive the position ids of a forward pass (called by the model's hooks)."""
         self._positions = position_ids
 
-    @property
-    def attention(self) -> str | None:
-        """Name of the attention function for this pass (asked by the model's hooks)."""
-        return ATTENTION_NAME if self._attends_to_codes else None
-
-    @property
-    def _attends_to_codes(self) -> bool:
-        """Whether this pass attends to codes; settled before its first layer."""
-        if self._step is not None:
-            return isinstance(self._step, FusedStep)
-        few = self._positions is not None and self._positions.shape[-1] <= MOST_QUERIES
-        return self._fused and few and bool(self.layout.pages) and not self._custom_mask
+    def _attends_to_codes(self, new_columns: int) -> bool:
+        """Tell whether the pass that begins attends to codes."""
+        if not self._fused or self._custom_mask or new_columns > MOST_QUERIES or not self.layout.pages:
+            return False
+        return self._mask is None or self._mask.shape[1] >= self.layout.columns + new_columns
 
     def _may_fuse(self, attention: AttentionChoice) -> bool:
         if attention not in get_args(AttentionChoice):
@@ -141,6 +137,8 @@ class AquaCache(Cache):
         implementation = getattr(self._adapter.config, "_attn_implementation", "eager")
         if reason is None and implementation not in ("sdpa", "eager"):
             reason = f"the model attends by {implementation}, expected sdpa or eager"
+        if reason is None and not attends_to_views(self._adapter):
+            reason = f"the attention of {self._adapter.name} needs keys and values as tensors"
         if reason is not None and attention == "fused":
             raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
         return reason is None and (attention == "fused" or implementation == "sdpa")
@@ -216,7 +214,7 @@ class AquaCache(Cache):
                 f"expected a {self._adapter.name} forward pass with past_key_values=cache"
             )
         rows, _, new_columns, _ = key_states.shape
-        before, fused = self.layout.columns, self._attends_to_codes
+        before, fused = self.layout.columns, self._attends_to_codes(new_columns)
         self.layout.append(new_columns, self._positions, self._mask, rows)
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact

@@ -9,11 +9,9 @@ Tokens that are exact (sinks, outliers, the newest) are attended to beside them 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.step import Blocks, CacheStep, reconstruction_dtype
@@ -24,9 +22,6 @@ from aquakv.config import GuardConfig
 from aquakv.errors import ConfigError
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.rotary import rotate
-
-#: Name under which transformers finds `attend_to_codes`.
-ATTENTION_NAME = "aquakv_codes"
 
 #: With more new tokens than this, reconstructing once for all of them is less work.
 MOST_QUERIES = 8
@@ -141,11 +136,14 @@ class Visible:
         ``[rows, 1, most]`` bool: whether there is such a token, and it may be attended to.
     exact
         ``[rows, queries, sinks + held columns]`` bool.
+    some_unseen
+        Whether some of ``coded`` may be false.
     """
 
     grid: Tensor | None
     coded: Tensor
     exact: Tensor
+    some_unseen: bool = True
 
     @classmethod
     def of(
@@ -175,16 +173,21 @@ class Visible:
         index = layout.page_columns(blocks.pages, torch.device("cpu"))
         may = allowed.flatten()[index]
         if layout.rows == 1:
-            return cls(None, may[None, None].to(device), exact.to(device))
+            return cls(None, may[None, None].to(device), exact.to(device), mask is not None)
         by_row = [(index // columns == row).nonzero().squeeze(1) for row in range(layout.rows)]
         grid = torch.nn.utils.rnn.pad_sequence(by_row, batch_first=True, padding_value=-1)
         there = grid >= 0
         grid = grid.clamp(min=0)
         return cls(grid.to(device), (there & may[grid])[:, None].to(device), exact.to(device))
 
-    def by_row(self, tokens: Tensor) -> Tensor:
-        """Return ``[rows, most, …]`` of ``[tokens, …]`` in storage order."""
-        return tokens[None] if self.grid is None else tokens[self.grid]
+    def by_row(self, tokens: Tensor, seen_only: bool = False) -> Tensor:
+        """Return ``[rows, most, …]`` of ``[tokens, …]`` in storage order.
+
+        With ``seen_only``, of vectors, zeros for tokens that no query sees: whatever those hold, nothing
+        times it must be nothing.
+        """
+        rows = tokens[None] if self.grid is None else tokens[self.grid]
+        return rows.masked_fill(~self.coded.transpose(1, 2), 0) if seen_only and self.some_unseen else rows
 
 
 @dataclass(frozen=True)
@@ -266,8 +269,8 @@ class CodedView:
         total = coded.sum(-1, keepdim=True) + exact.sum(-1, keepdim=True)
         if sink is not None:
             total = total + (sink - highest).exp()
-        out = exact @ exact_values.transpose(1, 2).to(precise) + self._values(coded)
-        out = out / total.clamp(min=torch.finfo(precise).tiny)
+        total = total.clamp(min=torch.finfo(precise).tiny)
+        out = (exact / total) @ exact_values.transpose(1, 2).to(precise) + self._values(coded / total)
         out = out.view(rows, kv_heads, repeats, queries, dim).permute(0, 3, 1, 2, 4)
         return out.reshape(rows, queries, heads, dim).to(query.dtype)
 
@@ -278,8 +281,8 @@ class CodedView:
 
         def total(parts: Tensor) -> Tensor:
             """Return the weighted sums of ``[tokens, width]``: ``[rows, kv_heads, n, width]``."""
-            sums = flat.to(parts.dtype) @ self.visible.by_row(parts)
-            return sums.to(weights.dtype).view(rows, kv_heads, -1, parts.shape[1])
+            sums = flat.to(parts.dtype) @ self.visible.by_row(parts, seen_only=True)
+            return sums.to(weights.dtype).view(rows, kv_heads, weights.shape[2], parts.shape[1])
 
         codec, mass = self.codec, weights.sum(-1, keepdim=True)
 
@@ -340,24 +343,3 @@ def _combined_keys(codec: LayerCodec, coefficients: Tensor, latents: Tensor | No
         return keys
     assert latents is not None
     return keys + latents @ predictor.factors[-1].to(dtype) + mass * predictor.bias.to(dtype)
-
-
-def attend_to_codes(
-    module: nn.Module,
-    query: Tensor,
-    key: CodedView,
-    value: CodedView,
-    attention_mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend as transformers' attention functions do, to a view in place of keys and values.
-
-    The mask is not looked at: the view knows what may be seen.
-    """
-    return key.attend(query, scaling, softcap, s_aux), None
-
-
-AttentionInterface.register(ATTENTION_NAME, attend_to_codes)

@@ -2,7 +2,8 @@
 
 A coefficient is coded by one symbol, its level, with a table for coefficients of its class. Where the
 deviation is more than 8 steps, levels are too many for a table, and their lowest bits as good as evenly
-distributed: those go as a second symbol, so that no level is out of reach.
+distributed: those go as a second symbol. Deviations up to 1024 steps, some eleven bits of rate, have all
+levels that their coefficients can reach.
 """
 
 from __future__ import annotations

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from aquakv.codec.allocation import equal_widths
-from aquakv.codec.entropy import ALPHABET, MAX_LEVEL, NUM_CLASSES, NUM_TABLES, EntropyModel, EntropyQuantizer
+from aquakv.codec.entropy import (
+    ALPHABET,
+    MAX_LEVEL,
+    NUM_CLASSES,
+    NUM_TABLES,
+    EntropyModel,
+    EntropyQuantizer,
+    most_levels,
+)
 from aquakv.codec.file import read_codec_file, write_codec_file
 from aquakv.codec.fingerprint import ModelFingerprint
 from aquakv.codec.guard import OutlierGuard
@@ -300,6 +308,11 @@ def _fitted_codec(
 def _entropy_model(source: _Tensors) -> EntropyModel:
     frequencies = source.take("entropy.frequencies", (NUM_TABLES, ALPHABET), torch.int32)
     points = source.take("entropy.points", (NUM_TABLES, MAX_LEVEL + 1), torch.float32)
+    levels = torch.arange(-MAX_LEVEL, MAX_LEVEL + 1)
+    if bool((frequencies[levels.abs() <= most_levels()[:, None]] < 1).any()):
+        raise ConfigError("tensor entropy.frequencies: expected every level that a class can code")
+    if bool((points < 0).any() | (points > 2 * levels[MAX_LEVEL:] + 1).any()):
+        raise ConfigError("tensor entropy.points: expected numbers from 0 to twice the level plus 1")
     try:
         return EntropyModel(frequencies, points)
     except InputError as error:

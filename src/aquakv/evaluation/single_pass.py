@@ -128,11 +128,14 @@ def single_pass(adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig) 
             outputs.append(inner(module, query[:, :, queries], *parts, mask, **kwargs)[0])
         return torch.cat(outputs, 1), None
 
+    modules: list[Any] = [adapter.layers[index].self_attn for index in adapter.compressed_layers]
+    found = {module: _config(adapter, module)._attn_implementation for module in modules}
+
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         _config(adapter, module)._attn_implementation = _NAME
 
     def end(module: Any, *_: Any) -> None:
-        _config(adapter, module)._attn_implementation = implementation
+        _config(adapter, module)._attn_implementation = found[module]
 
     AttentionInterface.register(_NAME, attend)
     try:

@@ -102,11 +102,15 @@ class ModelAdapter:
             Where the tables are wanted.
         """
         probe = torch.empty(1, 0, dtype=dtype, device=device)
-        arguments = [probe, positions.to(device=device, dtype=torch.long)[None]]
+        positions = positions.to(device=device, dtype=torch.long)[None]
+        return RotaryTables.from_model(*self.rotary_embeddings(probe, positions, layer_idx))
+
+    def rotary_embeddings(self, like: Tensor, positions: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines as the model's attention gets them, in dtype and device of ``like``."""
+        arguments = [like, positions]
         if self._rotary_takes_layer_type:
             arguments.append(self.config.layer_types[layer_idx])
-        cos, sin = self.rotary.forward(*arguments)  # not __call__: hooks are for the model's own passes
-        return RotaryTables.from_model(cos, sin)
+        return self.rotary.forward(*arguments)  # not __call__: hooks are for the model's own passes
 
     def exact_layers(self) -> list[Any]:
         """Return fresh transformers cache layers, one for every decoder layer."""
@@ -188,7 +192,10 @@ def _check_rotation(adapter: ModelAdapter, refuse: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 1, len(positions), width, generator=generator)
     cos, sin = (torch.cat([table, table], -1)[None, :, 0] for table in tables)
-    theirs = apply(probe, probe, cos, sin)[1][0].transpose(0, 1)
+    try:
+        theirs = apply(probe, probe, cos, sin)[1][0].transpose(0, 1)
+    except (RuntimeError, TypeError) as error:
+        raise refuse("its attention applies rotary embedding in another form") from error
     if not torch.allclose(theirs, rotate(probe[0].transpose(0, 1), tables), atol=1e-5):
         raise refuse("its rotary embedding pairs coordinates in another order than half a rotation apart")
 

@@ -1,20 +1,135 @@
-"""See the queries of an attention module, whatever the model calls them."""
+"""See the queries of an attention module, and attend in another way, whatever the model calls things."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from aquakv.errors import UnsupportedModelError
+from aquakv.errors import CacheStateError, UnsupportedModelError
 from aquakv.models.adapter import ModelAdapter
 
 _NAME = "aquakv_observed"
+
+#: Name under which transformers finds `_attend_to_view`.
+VIEW_ATTENTION = "aquakv_view"
+
+#: Where a replaced configuration keeps the one it stands for.
+_OWN = "_aquakv_own"
+
+#: Arguments of attention functions that change what is attended to, in ways that no view knows.
+_UNKNOWN_TO_VIEWS = ("position_bias", "block_indices", "indices", "sinks", "sliding_window", "head_mask")
+
+
+@runtime_checkable
+class View(Protocol):
+    """Stands in for keys and values, and is attended to in its own way."""
+
+    def attend(
+        self, query: Tensor, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None
+    ) -> Tensor:
+        """Return ``[rows, queries, num_attention_heads, head_dim]`` for a query of the usual shape."""
+        ...
+
+
+def accept_views(attention: nn.Module) -> None:
+    """Let a module attend to a `View` that its cache returns; with tensors it does as before.
+
+    The module gets a configuration of its own, in which another attention function is named. Masks are made
+    by the model's configuration, which stays as it is.
+    """
+    config: Any = attention.config
+    if _OWN in config.__dict__:
+        return
+    own = copy.copy(config)
+    own._attn_implementation = VIEW_ATTENTION
+    own.__dict__[_OWN] = config
+    attention.config = own
+
+
+def refuse_views(attention: nn.Module) -> None:
+    """Undo `accept_views`."""
+    config: Any = getattr(attention, "config", None)
+    if config is not None and _OWN in config.__dict__:
+        attention.config = config.__dict__[_OWN]
+
+
+def _attend_to_view(
+    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    if not isinstance(key, View):
+        config: Any = module.config
+        inner = attention_function(module, config.__dict__[_OWN]._attn_implementation)
+        return inner(module, query, key, value, attention_mask, **kwargs)
+    for name in _UNKNOWN_TO_VIEWS:
+        if kwargs.get(name) is not None:
+            raise CacheStateError(
+                f"{type(module).__name__} attends with {name}, which attention to codes does not know; build "
+                'the cache with attention="general"'
+            )
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # The mask is not looked at: the view knows what may be seen.
+    return key.attend(query, scaling, kwargs.get("softcap"), kwargs.get("s_aux")), None
+
+
+AttentionInterface.register(VIEW_ATTENTION, _attend_to_view)
+
+
+class _Probe:
+    """A cache that returns itself as a view, and notes whether it was attended to."""
+
+    def __init__(self) -> None:
+        self.attended = False
+
+    def update(self, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return self, self
+
+    def attend(
+        self, query: Tensor, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None
+    ) -> Tensor:
+        self.attended = True
+        return query.transpose(1, 2)
+
+
+def attends_to_views(adapter: ModelAdapter) -> bool:
+    """Try whether a model's attention hands on what its cache returns, untouched.
+
+    Calls the first compressed layer's attention with one token, in a configuration of its own.
+    """
+    attention: Any = adapter.layers[adapter.compressed_layers[0]].self_attn
+    if not hasattr(attention, "config"):
+        return False
+    weight = next(attention.parameters(), None)
+    if weight is None or not weight.is_floating_point():
+        return False
+    probe, accepted = _Probe(), _OWN in attention.config.__dict__
+    hidden = torch.zeros(1, 1, adapter.config.hidden_size, dtype=weight.dtype, device=weight.device)
+    position = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    accept_views(attention)
+    try:
+        with torch.no_grad():
+            embeddings = adapter.rotary_embeddings(hidden, position, adapter.compressed_layers[0])
+            attention(
+                hidden_states=hidden,
+                position_embeddings=embeddings,
+                attention_mask=None,
+                past_key_values=probe,
+                position_ids=position,
+            )
+    except Exception:  # whatever it trips over, it cannot take a view
+        return False
+    finally:
+        if not accepted:
+            refuse_views(attention)
+    return probe.attended
 
 
 def attention_function(attention: nn.Module, implementation: str) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from functools import partial
+from threading import get_ident
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aquakv.models.adapter import ModelAdapter, adapt
+from aquakv.models.attention import accept_views, refuse_views
 
 
 @runtime_checkable
@@ -21,8 +23,8 @@ class ForwardObserver(Protocol):
         """The decoder stack whose passes concern it; it hears of no other model's."""
         ...
 
-    def forward_begins(self, attention_mask: Tensor | None) -> None:
-        """Receive the mask that the caller gave: of padding if it is 2-D, ``[batch, tokens]``."""
+    def forward_begins(self, attention_mask: Any) -> None:
+        """Receive the mask that the caller gave: a tensor ``[batch, tokens]`` tells padding."""
         ...
 
     def positions_known(self, position_ids: Tensor) -> None:
@@ -31,11 +33,6 @@ class ForwardObserver(Protocol):
 
     def forward_ends(self) -> None:
         """Learn that the pass is over, successfully or not."""
-        ...
-
-    @property
-    def attention(self) -> str | None:
-        """Name of the attention function that compressed layers use in this pass; None for the model's."""
         ...
 
 
@@ -47,8 +44,8 @@ class ModelHooks:
     def __init__(self) -> None:
         self._users = 0
         self._handles: list[Any] = []
-        self._current: ForwardObserver | None = None
-        self._swapped: tuple[Any, str] | None = None
+        self._current: dict[int, ForwardObserver] = {}  # by thread: models may run in several at once
+        self._viewing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @classmethod
     def acquire(cls, model: PreTrainedModel, user: object) -> ModelAdapter:
@@ -67,10 +64,12 @@ class ModelHooks:
     def _release(hooks: ModelHooks) -> None:
         hooks._users -= 1
         if hooks._users == 0:
-            hooks._restore()
             for handle in hooks._handles:
                 handle.remove()
             hooks._handles.clear()
+            for attention in hooks._viewing:
+                refuse_views(attention)
+            hooks._viewing.clear()
 
     def _install(self, adapter: ModelAdapter) -> None:
         self._handles = [
@@ -78,42 +77,44 @@ class ModelHooks:
             adapter.decoder.register_forward_hook(self._after_decoder, always_call=True),
             adapter.rotary.register_forward_pre_hook(self._before_rotary, with_kwargs=True),
         ]
+
+    @classmethod
+    def accept_views(cls, adapter: ModelAdapter) -> None:
+        """Let the compressed layers attend to views, until the last observer of the model has gone."""
+        hooks = cls._by_model[adapter.model]
         for index in adapter.compressed_layers:
             attention: Any = adapter.layers[index].self_attn
-            config = getattr(attention, "config", adapter.config)
-            self._handles += [
-                attention.register_forward_pre_hook(partial(self._before_attention, config)),
-                attention.register_forward_hook(self._restore, always_call=True),
-            ]
+            accept_views(attention)
+            hooks._viewing.add(attention)
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._restore()  # an interrupt inside an attention module skips its hooks
-        candidates = [kwargs.get("past_key_values"), *args]
+        arguments = _by_name(module, args, kwargs)
+        candidates = [arguments.get("past_key_values"), *args]
         observers = (c for c in candidates if isinstance(c, ForwardObserver))
-        self._current = next((observer for observer in observers if observer.decoder is module), None)
-        if self._current is not None:
-            mask = kwargs.get("attention_mask")
-            self._current.forward_begins(mask if isinstance(mask, Tensor) else None)
-
-    def _before_attention(self, config: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # Only while this module runs: masks, and other layers, go by the name of the model's own.
-        name = None if self._current is None else self._current.attention
-        if name is not None:
-            self._swapped = config, config._attn_implementation
-            config._attn_implementation = name
-
-    def _restore(self, *_: Any) -> None:
-        if self._swapped is not None:
-            config, original = self._swapped
-            config._attn_implementation = original
-            self._swapped = None
+        current = next((observer for observer in observers if observer.decoder is module), None)
+        self._current.pop(get_ident(), None)
+        if current is not None:
+            self._current[get_ident()] = current
+            current.forward_begins(arguments.get("attention_mask"))
 
     def _before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._current is not None:
+        current = self._current.get(get_ident())
+        if current is not None:
             position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-            self._current.positions_known(position_ids)
+            current.positions_known(position_ids)
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current, self._current = self._current, None
+        current = self._current.pop(get_ident(), None)
         if current is not None:
             current.forward_ends()
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a module's arguments by name, whether they were given so or not."""
+    if not args:
+        return kwargs
+    try:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return kwargs
+    return {**bound, **kwargs}
