@@ -137,7 +137,7 @@ class Visible:
     exact
         ``[rows, queries, sinks + held columns]`` bool.
     some_unseen
-        Whether some of ``coded`` may be false.
+        Whether some of ``coded`` are false.
     """
 
     grid: Tensor | None
@@ -173,12 +173,13 @@ class Visible:
         index = layout.page_columns(blocks.pages, torch.device("cpu"))
         may = allowed.flatten()[index]
         if layout.rows == 1:
-            return cls(None, may[None, None].to(device), exact.to(device), mask is not None)
+            return cls(None, may[None, None].to(device), exact.to(device), not bool(may.all()))
         by_row = [(index // columns == row).nonzero().squeeze(1) for row in range(layout.rows)]
         grid = torch.nn.utils.rnn.pad_sequence(by_row, batch_first=True, padding_value=-1)
         there = grid >= 0
         grid = grid.clamp(min=0)
-        return cls(grid.to(device), (there & may[grid])[:, None].to(device), exact.to(device))
+        seen = there & may[grid]
+        return cls(grid.to(device), seen[:, None].to(device), exact.to(device), not bool(seen.all()))
 
     def by_row(self, tokens: Tensor, seen_only: bool = False) -> Tensor:
         """Return ``[rows, most, …]`` of ``[tokens, …]`` in storage order.
