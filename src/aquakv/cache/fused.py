@@ -17,7 +17,7 @@ from aquakv.cache.layout import TokenLayout
 from aquakv.cache.step import Blocks, CacheStep, reconstruction_dtype
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
 from aquakv.codec import EncodedVectors, LayerCodec, LinearTransform, ModelCodec, ScalarQuantizer
-from aquakv.codec.latent import latent_steps
+from aquakv.codec.latent import require_latents
 from aquakv.config import GuardConfig
 from aquakv.errors import ConfigError
 from aquakv.models.adapter import ModelAdapter
@@ -35,7 +35,7 @@ def why_not_fused(codec: ModelCodec) -> str | None:
         if layer.inputs.kind == "linear" and layer.inputs.value_inputs != ("keys",):
             return f"its values are predicted from {', '.join(layer.inputs.value_inputs)}, expected keys only"
     try:
-        latent_steps(codec.layers)
+        require_latents(codec.layers)
     except ConfigError as error:
         return str(error)
     return None
@@ -109,10 +109,7 @@ class FusedStep(CacheStep):
         if self.next_layer + 1 < len(self._codec.layers):
             step = self._codec.latent_step_on(self.next_layer, device)
             self._latent = step.advance(latent, key_coefficients)
-        if self.due:
-            self._compress(layer_idx, codec, pages, keys, values)
-        self._keep_exact(exact, keys, values)
-        self.next_layer += 1
+        self._take_in(layer_idx, codec, pages, exact, keys, values)
         return view, view
 
     def _visible_on(self, device: torch.device) -> Visible:

@@ -126,11 +126,23 @@ class CacheStep:
         values = self._assemble(exact.sink_values, exact.tail_values, value_states.transpose(1, 2))
         if self.coded:
             self._reconstruct(layer_idx, codec, pages, keys, values)
+        self._take_in(layer_idx, codec, pages, exact, keys, values)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _take_in(
+        self,
+        layer_idx: int,
+        codec: LayerCodec,
+        pages: CodedPages,
+        exact: ExactTokens,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """Compress what is due, keep the rest exactly, and go on to the next layer."""
         if self.due:
             self._compress(layer_idx, codec, pages, keys, values)
         self._keep_exact(exact, keys, values)
         self.next_layer += 1
-        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def finish(self) -> None:
         """Record what was compressed, once all layers are through."""

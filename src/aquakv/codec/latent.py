@@ -65,18 +65,12 @@ def latent_steps(layers: Sequence[LayerCodec]) -> tuple[LatentStep, ...]:
         Keys are not predicted through a latent of the layer before's keys alone, or not by a fitted
         transform.
     """
+    require_latents(layers)
     steps = []
     for layer, following in pairwise(layers):
         reader, transform, own = following.keys.predictor, layer.keys.transform, layer.keys.predictor
-        inputs = following.inputs
-        if reader is None or reader.rank is None or inputs.key_inputs != ("previous_keys",):
-            raise ConfigError(
-                "latent: expected key predictors of limited rank that read previous_keys only, as in the "
-                f"preset decode; got rank {None if reader is None else reader.rank} of "
-                f"{', '.join(inputs.key_inputs)}"
-            )
-        if inputs.history != 1 or not isinstance(transform, LinearTransform):
-            raise ConfigError("latent: expected a history of one layer and a klt transform")
+        assert reader is not None  # see `require_latents`
+        assert isinstance(transform, LinearTransform)
         down = reader.factors[0].double()
         offset = down.new_zeros(down.shape[1])
         transition = None
@@ -85,3 +79,17 @@ def latent_steps(layers: Sequence[LayerCodec]) -> tuple[LatentStep, ...]:
             offset = own.bias.double() @ down
         steps.append(LatentStep(transition, transform.synthesis.double() @ down, offset))
     return tuple(steps)
+
+
+def require_latents(layers: Sequence[LayerCodec]) -> None:
+    """Raise what `latent_steps` raises, without its products."""
+    for layer, following in pairwise(layers):
+        reader, inputs = following.keys.predictor, following.inputs
+        if reader is None or reader.rank is None or inputs.key_inputs != ("previous_keys",):
+            raise ConfigError(
+                "latent: expected key predictors of limited rank that read previous_keys only, as in the "
+                f"preset decode; got rank {None if reader is None else reader.rank} of "
+                f"{', '.join(inputs.key_inputs)}"
+            )
+        if inputs.history != 1 or not isinstance(layer.keys.transform, LinearTransform):
+            raise ConfigError("latent: expected a history of one layer and a klt transform")

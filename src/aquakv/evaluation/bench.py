@@ -141,11 +141,7 @@ def bench_decode(
             tick()
         for name, cache in caches.items():
             row = {
-                "contestant": name,
-                "phase": "decode step",
-                "rows": len(tokens),
-                "context": context,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                **_setting(model, tokens, context, name, "decode step"),
                 "steps": steps,
                 **_quantiles(times[name], times[EXACT]),
                 "mean_kl": divergence[name] / (steps + WARM_UP),
@@ -188,11 +184,7 @@ def bench_encode(
         for name, measured in times.items():
             figures = _quantiles(measured, times[EXACT])
             row = {
-                "contestant": name,
-                "phase": "prefill",
-                "rows": len(tokens),
-                "context": context,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                **_setting(model, tokens, context, name, "prefill"),
                 "repeats": repeats,
                 **figures,
                 "encoding_share": figures["ratio_to_exact"] - 1,
@@ -240,11 +232,7 @@ def bench_memory(
             cache = one.build(model)
             held, coded, peak = _fill_and_step(model, cache, tokens[:, : context + 1])
             row: Row = {
-                "contestant": one.name,
-                "phase": "memory",
-                "rows": len(tokens),
-                "context": context,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                **_setting(model, tokens, context, one.name, "memory"),
                 "held_bytes": held,
                 "peak_bytes": peak,
                 "code_bytes": coded,
@@ -262,6 +250,17 @@ def require_tokens(tokens: Tensor, wanted: int) -> None:
     """Raise `DataError` unless there are enough tokens in every row."""
     if tokens.ndim != 2 or tokens.shape[1] < wanted:
         raise DataError(f"benchmark: expected tokens [rows, {wanted} or more], got {list(tokens.shape)}")
+
+
+def _setting(model: PreTrainedModel, tokens: Tensor, context: int, contestant: str, phase: str) -> Row:
+    """Return what every row says of what was measured."""
+    return {
+        "contestant": contestant,
+        "phase": phase,
+        "rows": len(tokens),
+        "context": context,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def held_bytes(cache: Cache) -> int:

@@ -71,7 +71,7 @@ def nearest_cubic_level(values: Tensor, width: int) -> Tensor:
     if cubic == 0.0:
         codes = (values * (1 / linear)).floor_().add_(half)
         return codes.clamp_(0, 2 * half - 1).to(torch.uint8)
-    first, bounds = (table.to(values.device) for table in _search_tables(width))
+    first, bounds = _search_tables(width, values.device)
     magnitudes = values.abs().flatten()
     cell = (magnitudes * _CELLS_PER_UNIT).clamp_(max=len(first) - 1).int()
     index = first.index_select(0, cell)
@@ -84,11 +84,14 @@ def nearest_cubic_level(values: Tensor, width: int) -> Tensor:
 _CELLS_PER_UNIT = 128
 
 
-@lru_cache(maxsize=MAX_WIDTH)
-def _search_tables(width: int) -> tuple[Tensor, Tensor]:
-    """Return how many bounds of positive levels are below each cell, and the bounds with an infinite last."""
+@lru_cache(maxsize=64)
+def _search_tables(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return how many bounds of positive levels are below each cell, and the bounds with an infinite last.
+
+    Computed on a CPU; kept on the device.
+    """
     levels = cubic_level_table(width)[1 << (width - 1) :].double()
     bounds = ((levels[1:] + levels[:-1]) / 2).float()
     cells = torch.arange(int(_CELLS_PER_UNIT * float(levels[-1])) + 1, device="cpu") / _CELLS_PER_UNIT
     first = torch.searchsorted(bounds, cells, right=True).int()
-    return first, torch.cat([bounds, bounds.new_full((1,), float("inf"))])
+    return first.to(device), torch.cat([bounds, bounds.new_full((1,), float("inf"))]).to(device)
