@@ -1,0 +1,283 @@
+// Sums of key codes, value codes and latents over the tokens, weighted by the softmax of the scores of all heads.
+//
+// A block takes a slab of up to TEAMS * TILES tiles (64 slots each) of keys or of values over a split of the pages.
+// Its warpgroups share each page's weights, which are the right operand of asynchronous products (64 tokens deep);
+// codes come through shared memory, transposed on the way to registers, as the left operand: slots by tokens. The
+// latents are one more tile of the first slab, which also sums the weights themselves.
+//
+// Compile-time numbers: KV_HEADS, GROUP, QUERIES (query heads padded to 8), TILES, RANK, STAGES.
+
+constexpr int QUERY_HEADS = KV_HEADS * GROUP;
+constexpr int PADDED = (GROUP + 1) / 2 * 2;        // members in the layout of the sums
+constexpr int WEIGHT_BYTES = QUERIES * 128;
+constexpr int TEAMS = 3, THREADS = 128 * TEAMS;
+constexpr int ROUNDS = (QUERIES * 16 + THREADS - 1) / THREADS;
+constexpr int LATENT_BYTES = 64 * RANK * 2;
+
+struct Shared {
+    static constexpr int scaled = 0;                                   // [2][QUERIES] rows of 64 weights
+    static constexpr int plain = scaled + 2 * WEIGHT_BYTES;            // the same without the tokens' scales
+    static constexpr int latents = plain + 2 * WEIGHT_BYTES;           // [2][64][RANK]
+    static constexpr int fields = latents + 2 * LATENT_BYTES;          // Field [4 * TEAMS * TILES]
+    static constexpr int sums = fields + 4 * TEAMS * TILES * 32;              // float [2][QUERIES]
+    static constexpr int barriers = sums + 2 * QUERIES * 4;            // [STAGES]
+    static constexpr int pages = (barriers + STAGES * 8 + 127) / 128 * 128;
+};
+
+DEVICE void load_transposed(u32 address, u32 (&to)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+DEVICE u32 latent_place(int token, int chunk) {
+    // Sixteen-byte chunks of a row, exchanged so that eight rows lie in different banks.
+    constexpr int CHUNKS = RANK / 8 > 0 ? RANK / 8 : 1;
+    constexpr int PER = CHUNKS >= 8 ? 1 : 8 / CHUNKS;
+    return token * (RANK * 2) + ((chunk ^ (token / PER % CHUNKS)) << 4);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
+    const float* __restrict__ scores,        // [rows, num_pages, QUERY_HEADS, 64], times log2 e
+    const float* __restrict__ maxima,        // [rows, QUERY_HEADS, score_splits]
+    const u8* __restrict__ key_pages, const u8* __restrict__ value_pages,
+    const int* __restrict__ table, const int* __restrict__ lengths,
+    const u8* __restrict__ latents,          // half [rows, num_pages * 64, RANK]
+    const Field* __restrict__ fields,        // [key tiles * 4 + value tiles * 4]
+    u8* __restrict__ means,                  // half [rows, splits, KV_HEADS, slots, PADDED]
+    float* __restrict__ totals,              // [rows, splits, 3, QUERIES]: weights with key, value, no scales
+    int key_record, int value_record, int stage_bytes, int num_pages, int splits, int score_splits,
+    int key_tiles, int value_tiles, int key_slabs, int value_slabs, int key_share, int value_share) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 base = shared_address(shared);
+    const int tid = threadIdx.x, lane = tid & 31, warp = (tid >> 5) & 3, team = tid >> 7;
+    const int quad = lane & 3, group = lane >> 2;
+    const int slabs = key_slabs + value_slabs;
+    const int slab = blockIdx.x % slabs, split = blockIdx.x / slabs, row = blockIdx.y;
+    const bool of_keys = slab < key_slabs, sums_latents = slab == 0;
+    const u8* pages = of_keys ? key_pages : value_pages;
+    const int record_bytes = of_keys ? key_record : value_record;
+    // The first slab of the keys leaves room for the tile of latents.
+    const int first_tile = of_keys ? max(0, slab * key_share - 1) : (slab - key_slabs) * value_share;
+    const int own_tiles = min(of_keys ? key_share - (slab == 0) : value_share, (of_keys ? key_tiles : value_tiles) - first_tile);
+    const int first_field = (first_tile + (of_keys ? 0 : key_tiles)) * 4;
+    const int length = lengths[row], used = (length + 63) >> 6;
+    const int begin = int(long(split) * used / splits), end = int(long(split + 1) * used / splits);
+    const int* own_table = table + long(row) * num_pages;
+
+    auto fetch = [&](int page, int stage) {
+        const u32 barrier = base + Shared::barriers + 8 * stage;
+        barrier_expect(barrier, record_bytes);
+        bulk_copy(base + Shared::pages + stage * stage_bytes, pages + long(own_table[page]) * record_bytes, record_bytes, barrier);
+    };
+    if (tid == 0) {
+        for (int s = 0; s < STAGES; s++) barrier_init(base + Shared::barriers + 8 * s, 1);
+        fence_shared();
+        for (int s = 0; s < STAGES; s++)
+            if (begin + s < end) fetch(begin + s, s);
+    }
+    for (int i = tid; i < own_tiles * 32; i += THREADS)
+        ((u32*)(shared + Shared::fields))[i] = ((const u32*)(fields + first_field))[i];
+    const u8* own_latents = latents + long(row) * num_pages * LATENT_BYTES;
+    auto fetch_latents = [&](int page, int buffer) {
+        if (RANK > 0)
+            for (int i = tid; i < 8 * RANK; i += THREADS) {
+                const u32 to = base + Shared::latents + buffer * LATENT_BYTES + latent_place(i / (RANK / 8 + (RANK == 0)), i % (RANK / 8 + (RANK == 0)));
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(own_latents + long(page) * LATENT_BYTES + i * 16) : "memory");
+            }
+    };
+    depend_on_previous();
+
+    // This thread's weights: query head `member` (others in further rounds), tokens `token` to `token + 3`.
+    const int member = tid >> 4, token = (tid & 15) * 4;
+    float largest[ROUNDS];
+    float with_scales[ROUNDS], without[ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+        with_scales[r] = without[r] = 0;
+        largest[r] = -INFINITY;
+        const int head = member + r * (THREADS / 16);
+        if (head < QUERY_HEADS)
+            for (int i = tid & 15; i < score_splits; i += 16)
+                largest[r] = fmaxf(largest[r], maxima[(long(row) * QUERY_HEADS + head) * score_splits + i]);
+        for (int step = 1; step < 16; step *= 2) largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xFFFFFFFFu, largest[r], step));
+        if (largest[r] == -INFINITY) largest[r] = 0;
+    }
+    float4 score[ROUNDS];
+    auto load_scores = [&](int page) {
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            const int head = member + r * (THREADS / 16);
+            score[r] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+            if (head < QUERY_HEADS)
+                score[r] = __ldg((const float4*)(scores + ((long(row) * num_pages + page) * QUERY_HEADS + head) * 64 + token));
+        }
+    };
+    if (begin < end) {
+        load_scores(begin);
+        if (sums_latents) fetch_latents(begin, 0);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    __syncthreads();
+
+    float sum[TILES][QUERIES / 2];
+#pragma unroll
+    for (int i = 0; i < QUERIES / 2; i++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++) sum[t][i] = 0;
+    const Field* described = (const Field*)(shared + Shared::fields);
+    for (int page = begin; page < end; page++) {
+        const int turn = page - begin, stage = turn % STAGES, buffer = turn & 1;
+        const u32 record = base + Shared::pages + stage * stage_bytes;
+        barrier_wait(base + Shared::barriers + 8 * stage, turn / STAGES & 1);
+        const u32 scale_codes = *(const u32*)(shared + Shared::pages + stage * stage_bytes + record_bytes - 80 + token);
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            const int head = member + r * (THREADS / 16);
+            if (head < QUERIES) {
+                const float* s = &score[r].x;
+                float w[4], p[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    // 64 times the weight, to keep small ones out of half precision's subnormals. A token that is
+                    // not attended to may have no scale: nothing times nothing must be nothing.
+                    const u32 code = (scale_codes >> (8 * i)) & 255u;
+                    const float exponent = s[i] - largest[r] + 6.0f;
+                    w[i] = exp2_fast(fmaf(float(int(code)), 0.0625f, exponent - 8.0f));
+                    if (code == 255u && s[i] > -INFINITY) w[i] = __int_as_float(0x7FC00000);
+                    if (sums_latents) p[i] = exp2_fast(exponent);
+                }
+                const u32 at = buffer * WEIGHT_BYTES + swizzle128(head, token * 2);
+                const uint2 rounded = make_uint2(pack_half2(w[0], w[1]), pack_half2(w[2], w[3]));
+                *(uint2*)(shared + Shared::scaled + at) = rounded;
+                with_scales[r] += low_float(rounded.x) + high_float(rounded.x) + low_float(rounded.y) + high_float(rounded.y);
+                if (sums_latents) {
+                    const uint2 plain = make_uint2(pack_half2(p[0], p[1]), pack_half2(p[2], p[3]));
+                    *(uint2*)(shared + Shared::plain + at) = plain;
+                    without[r] += p[0] + p[1] + p[2] + p[3];
+                }
+            }
+        }
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        fence_shared();
+        __syncthreads();  // weights are there; the page before has been multiplied
+        if (tid == 0 && turn > 0 && page - 1 + STAGES < end) fetch(page - 1 + STAGES, (turn - 1) % STAGES);
+        if (page + 1 < end) {
+            load_scores(page + 1);
+            if (sums_latents) fetch_latents(page + 1, buffer ^ 1);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        const u64 right = descriptor128(base + Shared::scaled + buffer * WEIGHT_BYTES);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const int tile = t * TEAMS + team;
+            if (tile < own_tiles) {
+                u32 raw[2][4], codes[4][4];
+                const Field field = described[tile * 4 + warp];
+                load_transposed(record + field.offset + lane * 16, raw[0]);
+                load_transposed(record + field.offset + 512 + lane * 16, raw[1]);
+                if (field.gain) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        u32 even, odd;
+                        unpack_centred<false>(raw[i / 4][i % 4], field, even, odd);
+                        codes[i / 2][i % 2 * 2] = cubic(even, field.gain);
+                        codes[i / 2][i % 2 * 2 + 1] = cubic(odd, field.gain);
+                    }
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 8; i++)
+                        unpack_plain<false>(raw[i / 4][i % 4], field, codes[i / 2][i % 2 * 2], codes[i / 2][i % 2 * 2 + 1]);
+                }
+                keep(sum[t]);
+#pragma unroll
+                for (int k = 0; k < 4; k++) keep(codes[k]);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; k++) wgmma_queries(sum[t], codes[k], right + 2 * k, true);
+                wgmma_commit();
+                wgmma_wait<0>();
+                keep(sum[t]);
+#pragma unroll
+                for (int k = 0; k < 4; k++) keep(codes[k]);
+            } else if (RANK > 0 && sums_latents && tile == own_tiles) {
+                u32 codes[4][4];
+                const u64 plain = descriptor128(base + Shared::plain + buffer * WEIGHT_BYTES);
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    codes[k][0] = codes[k][1] = codes[k][2] = codes[k][3] = 0;
+                    if (warp * 16 < RANK) {
+                        const int from = 16 * k + (lane & 7) + ((lane >> 4) << 3);
+                        load_transposed(base + Shared::latents + buffer * LATENT_BYTES + latent_place(from, 2 * warp + ((lane >> 3) & 1)), codes[k]);
+                    }
+                }
+                keep(sum[t]);
+#pragma unroll
+                for (int k = 0; k < 4; k++) keep(codes[k]);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; k++) wgmma_queries(sum[t], codes[k], plain + 2 * k, true);
+                wgmma_commit();
+                wgmma_wait<0>();
+                keep(sum[t]);
+#pragma unroll
+                for (int k = 0; k < 4; k++) keep(codes[k]);
+            }
+        }
+    }
+    let_next_start();
+    // ---- what the weights sum up to, then means --------------------------------------------------------------
+    float* weight_sums = (float*)(shared + Shared::sums);
+    float* out_totals = totals + (long(row) * splits + split) * 3 * QUERIES;
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+        for (int step = 1; step < 16; step *= 2) {
+            with_scales[r] += __shfl_xor_sync(0xFFFFFFFFu, with_scales[r], step);
+            without[r] += __shfl_xor_sync(0xFFFFFFFFu, without[r], step);
+        }
+        const int head = member + r * (THREADS / 16);
+        if ((tid & 15) == 0 && head < QUERIES) {
+            weight_sums[head] = with_scales[r];
+            weight_sums[QUERIES + head] = without[r];
+            if (slab == 0) out_totals[head] = with_scales[r], out_totals[2 * QUERIES + head] = without[r];
+            if (slab == key_slabs) out_totals[QUERIES + head] = with_scales[r];
+        }
+    }
+    __syncthreads();
+    const int slots = (key_tiles + value_tiles) * 64 + RANK;
+    const int first_slot = (first_tile + (of_keys ? 0 : key_tiles)) * 64;
+    u8* out = means + (long(row) * splits + split) * KV_HEADS * slots * PADDED * 2;
+    auto store = [&](int slot, int query, float x, float y) {
+        if (GROUP % 2 == 0) {
+            if (query < QUERY_HEADS)
+                *(u32*)(out + ((query / GROUP * slots + slot) * PADDED + query % GROUP) * 2) = pack_half2(x, y);
+        } else {
+            const u32 both = pack_half2(x, y);
+            if (query < QUERY_HEADS)
+                *(unsigned short*)(out + ((query / GROUP * slots + slot) * PADDED + query % GROUP) * 2) = (unsigned short)both;
+            query++;
+            if (query < QUERY_HEADS)
+                *(unsigned short*)(out + ((query / GROUP * slots + slot) * PADDED + query % GROUP) * 2) = (unsigned short)(both >> 16);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < QUERIES / 8; i++) {
+        const int query = 8 * i + 2 * quad;
+        const float2 weight = *(const float2*)(weight_sums + query);
+        const float x = weight.x > 0 ? 1.0f / weight.x : weight.x, y = weight.y > 0 ? 1.0f / weight.y : weight.y;
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const int tile = t * TEAMS + team;
+            if (tile < own_tiles) {
+                const float middle = described[tile * 4 + warp].middle;
+                const int slot = first_slot + tile * 64 + warp * 16 + 2 * group;
+                store(slot, query, (sum[t][4 * i] - middle * weight.x) * x, (sum[t][4 * i + 1] - middle * weight.y) * y);
+                store(slot + 1, query, (sum[t][4 * i + 2] - middle * weight.x) * x, (sum[t][4 * i + 3] - middle * weight.y) * y);
+            } else if (RANK > 0 && sums_latents && tile == own_tiles && warp * 16 < RANK) {
+                const float2 mass = *(const float2*)(weight_sums + QUERIES + query);
+                const float u = mass.x > 0 ? 1.0f / mass.x : mass.x, v = mass.y > 0 ? 1.0f / mass.y : mass.y;
+                const int slot = (key_tiles + value_tiles) * 64 + warp * 16 + group;
+                store(slot, query, sum[t][4 * i] * u, sum[t][4 * i + 1] * v);
+                store(slot + 8, query, sum[t][4 * i + 2] * u, sum[t][4 * i + 3] * v);
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+// What the Hopper kernels share: half-precision pairs in 32-bit registers, unpacking of byte planes, shared-memory
+// descriptors and asynchronous copies. Compiled at run time, without any header.
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+
+// ---- pairs of halves ----------------------------------------------------------------------------------------
+
+DEVICE u32 pack_half2(float low, float high) {
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+DEVICE u32 hadd2(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 hmul2(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 hfma2(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE u32 both_low(u32 a) { u32 d; asm("prmt.b32 %0, %1, %1, 0x1010;" : "=r"(d) : "r"(a)); return d; }
+DEVICE u32 both_high(u32 a) { u32 d; asm("prmt.b32 %0, %1, %1, 0x3232;" : "=r"(d) : "r"(a)); return d; }
+DEVICE u32 swapped(u32 a) { u32 d; asm("prmt.b32 %0, %1, %1, 0x1032;" : "=r"(d) : "r"(a)); return d; }
+DEVICE float low_float(u32 a) {
+    float d;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(d) : "r"(a));
+    return d;
+}
+DEVICE float high_float(u32 a) {
+    float d;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(d) : "r"(a));
+    return d;
+}
+DEVICE float exp2_fast(float x) { float d; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x)); return d; }
+
+// ---- codes --------------------------------------------------------------------------------------------------
+
+// One field of 16 coefficients, as the host describes it.
+struct __align__(16) Field {
+    u32 offset;    // bytes from the page to the plane
+    u32 mask;      // the field's bits, in each of four bytes
+    u32 unit;      // 2^-shift, twice
+    u32 centre;    // minus the code that is level 0, twice
+    u32 gain;      // cubic over linear coefficient of the levels, twice; 0: equally spaced
+    u32 bias;      // minus 1024 times the unit, twice
+    float middle;  // the code that is level 0, where levels are equally spaced; 0 where they are not
+    u32 unused;
+};
+
+// Four codes that are bytes 0 and 1, 2 and 3 (NATURAL) or 0 and 2, 1 and 3 of a word, to two pairs of levels.
+template <bool NATURAL>
+DEVICE void unpack_centred(u32 word, const Field& f, u32& first, u32& second) {
+    const u32 bits = word & f.mask;
+    u32 a, b;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4140 : 0x4240));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
+    // In two steps: 1024 plus half a code is no half-precision number.
+    first = hfma2(hadd2(a, 0xE400E400u), f.unit, f.centre);
+    second = hfma2(hadd2(b, 0xE400E400u), f.unit, f.centre);
+}
+// The same without the centre, which saves a step where sums are corrected later.
+template <bool NATURAL>
+DEVICE void unpack_plain(u32 word, const Field& f, u32& first, u32& second) {
+    const u32 bits = word & f.mask;
+    u32 a, b;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4140 : 0x4240));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
+    first = hfma2(a, f.unit, f.bias);
+    second = hfma2(b, f.unit, f.bias);
+}
+DEVICE u32 cubic(u32 x, u32 gain) { return hmul2(x, hfma2(hmul2(x, x), gain, 0x3C003C00u)); }
+
+DEVICE float scale_of(u32 code) {
+    return code == 255u ? __int_as_float(0x7FC00000) : exp2f((float(int(code)) - 128.0f) * 0.0625f);
+}
+
+// ---- shared memory and asynchronous products ----------------------------------------------------------------
+
+DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// Rows of 128 bytes, 8 rows to an atom of 1024, sixteen-byte chunks exchanged by the row's number.
+DEVICE u32 swizzle128(u32 row, u32 byte) { return row * 128 + (byte ^ ((row & 7) << 4)); }
+DEVICE u64 descriptor128(u32 address) {
+    return u64((address & 0x3FFFF) >> 4) | (u64(1) << 16) | (u64(1024 >> 4) << 32) | (u64(1) << 62);
+}
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+template <int N>
+DEVICE void keep(float (&registers)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int N>
+DEVICE void keep(u32 (&registers)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
+}
+DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nAGAIN:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\nDONE:\n}"
+        ::"r"(barrier), "r"(parity) : "memory");
+}
+DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+DEVICE void depend_on_previous() {
+#ifdef DEPENDENT
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_start() {
+#ifdef DEPENDENT
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -1,0 +1,289 @@
+"""Launch the Hopper kernels: scores, next latents, sums of codes, output."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from aquakv.kernels.hopper.compiler import Kernel, kernel
+from aquakv.kernels.hopper.operands import HopperOperands, score_splits
+from aquakv.kernels.pages import PAGE_TOKENS
+
+#: Shared memory of a multiprocessor, and the part that every block needs besides its own.
+MULTIPROCESSOR_BYTES, BLOCK_RESERVE = 228 * 1024, 1024
+MAX_BLOCK_BYTES = 227 * 1024
+
+_TEAMS = 3  # warpgroups of a block
+_FIELD_BYTES = 32
+_QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_finished: dict[tuple[int, int, int], Tensor] = {}
+_lock = threading.Lock()
+
+
+def scores(
+    query: Tensor,
+    key_pages: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    latents: Tensor | None,
+    operands: HopperOperands,
+    page_turns: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return scores times log2 e, ``[rows, pages, query_heads, 64]``, and maxima ``[rows, query_heads, splits]``."""
+    plain = operands.plain
+    rows, query_heads, dim = query.shape
+    num_pages, heads, rank = table.shape[1], plain.num_kv_heads, plain.latent_width
+    fast, pairs = 2 * operands.fast_pairs, operands.fast_pairs + operands.slow_pairs
+    fields = operands.head_fields
+    blocks = -(-(fields + rank // 16) // 4)
+    query_blocks = -(-fast // 64)
+    own = (blocks * (fast // 8 + 1) + 8 * blocks + 8 * query_blocks + 1) * 1024
+    shared = blocks * 8 * 1024 + _TEAMS * own
+    shared += 5 * pairs * 8 + operands.slow_pairs * 4 + fields * _FIELD_BYTES + fast * 4 + 16
+    constants = {
+        "KV_HEADS": heads,
+        "GROUP": query_heads // heads,
+        "DIM": dim,
+        "FAST": fast,
+        "SLOW": 2 * operands.slow_pairs,
+        "FIELDS": fields,
+        "RANK": rank,
+        "QUERY": _QUERY_KINDS[query.dtype],
+        "SOFTCAP": int(softcap is not None),
+        "DEPENDENT": 1,
+    }
+    run = kernel("scores", constants, {"wgmma_64": 64, "wgmma_columns": fast + 8, "wgmma_8": 8}, shared, query.device)
+    splits = _TEAMS * score_splits(_multiprocessors(query.device), 1, rows * heads, -(-num_pages // _TEAMS))
+    out = torch.empty(rows, num_pages, query_heads, PAGE_TOKENS, dtype=torch.float32, device=query.device)
+    maxima = torch.empty(rows, query_heads, splits, dtype=torch.float32, device=query.device)
+    run(
+        (heads * splits // _TEAMS, rows),
+        128 * _TEAMS,
+        shared,
+        [
+            query,
+            key_pages,
+            table,
+            lengths,
+            latents,
+            operands.score_images,
+            operands.score_offsets,
+            operands.score_fields,
+            operands.pair_order,
+            operands.pair_angles,
+            page_turns,
+            operands.offset_turns,
+            out,
+            maxima,
+            key_pages.shape[1],
+            num_pages,
+            splits,
+            float(scaling),
+            float(softcap or 1.0),
+        ],
+        dependent=True,
+    )
+    return out, maxima
+
+
+def next_latents(
+    key_pages: Tensor, table: Tensor, lengths: Tensor, latents: Tensor | None, operands: HopperOperands
+) -> Tensor:
+    """Return the next layer's latents, ``[rows, pages * 64, next_width]`` float16."""
+    plain = operands.plain
+    rows, num_pages = table.shape
+    width, rank, chunks = plain.next_width, plain.latent_width, plain.keys.chunks
+    shared = latent_shared_bytes(operands)
+    out = torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
+    run = kernel(
+        "next_latents",
+        {"RANK": rank, "WIDTH": width, "DEPENDENT": 1},
+        {"wgmma_width": width},
+        MAX_BLOCK_BYTES,
+        table.device,
+    )
+    total = rows * num_pages
+    blocks = min(_multiprocessors(table.device), -(-total // 4))
+    run(
+        (blocks, 1),
+        512,
+        shared,
+        [
+            key_pages,
+            table,
+            lengths,
+            latents,
+            operands.latent_images,
+            plain.next_offset,
+            operands.sum_fields,
+            out,
+            key_pages.shape[1],
+            num_pages,
+            total,
+            chunks,
+        ],
+        dependent=True,
+    )
+    return out
+
+
+def latent_shared_bytes(operands: HopperOperands) -> int:
+    """Return the shared memory that `next_latents` needs: all of its matrices."""
+    plain = operands.plain
+    blocks = plain.keys.chunks + -(-plain.latent_width // 64)
+    return blocks * (plain.next_width * 128 + 8) + plain.keys.chunks * 4 * _FIELD_BYTES
+
+
+def code_sums(
+    scored: Tensor,
+    maxima: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    latents: Tensor | None,
+    operands: HopperOperands,
+) -> tuple[Tensor, Tensor]:
+    """Return the splits' means of codes and latents, and the sums of their weights.
+
+    Returns
+    -------
+    means
+        ``[rows, splits, kv_heads, slots, members]`` float16, query heads of a KV head last.
+    totals
+        ``[rows, splits, 3, queries]`` float32: weights times key scales, times value scales, alone.
+    """
+    plain = operands.plain
+    rows, num_pages, query_heads, _ = scored.shape
+    group = query_heads // plain.num_kv_heads
+    queries = -(-query_heads // 8) * 8
+    tiles = 6 if queries <= 32 else 3
+    rank = plain.latent_width
+    key_tiles, value_tiles = plain.keys.chunks, plain.values.chunks
+    room = _TEAMS * tiles
+    key_slabs, value_slabs = max(1, -(-(key_tiles + 1) // room)), -(-value_tiles // room)
+    key_share, value_share = -(-(key_tiles + 1) // key_slabs), -(-value_tiles // max(1, value_slabs))
+    stage = -(-max(key_pages.shape[1], value_pages.shape[1]) // 128) * 128
+    fixed = 4 * queries * 128 + 2 * 128 * rank + 4 * room * _FIELD_BYTES + 8 * queries
+    stages = max(2, min(4, (MAX_BLOCK_BYTES - fixed - 512) // stage))
+    shared = -(-(fixed + 8 * stages) // 128) * 128 + stages * stage
+    run = kernel(
+        "code_sum",
+        {
+            "KV_HEADS": plain.num_kv_heads,
+            "GROUP": group,
+            "QUERIES": queries,
+            "TILES": tiles,
+            "RANK": rank,
+            "STAGES": stages,
+            "DEPENDENT": 1,
+        },
+        {"wgmma_queries": queries},
+        MAX_BLOCK_BYTES,
+        scored.device,
+    )
+    slabs = key_slabs + value_slabs
+    splits = score_splits(_multiprocessors(scored.device), 1, rows * slabs, num_pages)
+    slots = (key_tiles + value_tiles) * 64 + rank
+    members = -(-group // 2) * 2
+    means = torch.empty(
+        rows, splits, plain.num_kv_heads, slots, members, dtype=torch.float16, device=scored.device
+    )
+    totals = torch.empty(rows, splits, 3, queries, dtype=torch.float32, device=scored.device)
+    run(
+        (slabs * splits, rows),
+        128 * _TEAMS,
+        shared,
+        [
+            scored,
+            maxima,
+            key_pages,
+            value_pages,
+            table,
+            lengths,
+            latents,
+            operands.sum_fields,
+            means,
+            totals,
+            key_pages.shape[1],
+            value_pages.shape[1],
+            stage,
+            num_pages,
+            splits,
+            maxima.shape[2],
+            key_tiles,
+            value_tiles,
+            key_slabs,
+            value_slabs,
+            key_share,
+            value_share,
+        ],
+        dependent=True,
+    )
+    return means, totals
+
+
+def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOperands) -> tuple[Tensor, Tensor]:
+    """Return the output ``[rows, query_heads, head_dim]`` and the log-sum-exp ``[rows, query_heads]``, float32."""
+    plain = operands.plain
+    rows, splits, heads, slots, members = means.shape
+    query_heads = maxima.shape[1]
+    group, dim = query_heads // heads, plain.head_dim
+    chunks = -(-slots // 128)
+    shared = 4 * (splits * 3 * members + 2 * 128 * members + 256 // (dim // 2) * group * dim)
+    run = kernel(
+        "combine",
+        {"KV_HEADS": heads, "GROUP": group, "QUERIES": totals.shape[3], "DIM": dim, "DEPENDENT": 1},
+        {},
+        64 * 1024,
+        means.device,
+    )
+    parts = torch.empty(rows, heads, chunks, group, dim, dtype=torch.float32, device=means.device)
+    out = torch.empty(rows, query_heads, dim, dtype=torch.float32, device=means.device)
+    lse = torch.empty(rows, query_heads, dtype=torch.float32, device=means.device)
+    run(
+        (chunks * heads, rows),
+        256,
+        shared,
+        [
+            means,
+            totals,
+            maxima,
+            operands.epilogue,
+            plain.epilogue_offset,
+            parts,
+            _counters(rows * heads, means.device),
+            out,
+            lse,
+            slots,
+            plain.keys.chunks * 64,
+            plain.values.chunks * 64,
+            splits,
+            maxima.shape[2],
+        ],
+        dependent=True,
+    )
+    return out, lse
+
+
+def _counters(count: int, device: torch.device) -> Tensor:
+    """Return zeros that the kernel leaves as zeros, one set for every stream."""
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream, count)
+    with _lock:
+        if key not in _finished:
+            _finished[key] = torch.zeros(count, dtype=torch.int32, device=device)
+        return _finished[key]
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+__all__ = ["Kernel", "code_sums", "combine", "next_latents", "scores"]

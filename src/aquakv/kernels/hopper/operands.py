@@ -1,0 +1,251 @@
+"""Operands of the Hopper kernels: a layer's matrices as they lie in shared memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aquakv.errors import ConfigError
+from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
+from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
+
+#: Pairs of coordinates that turn by less than this angle (radians) within half a page are not rotated token by
+#: token: their part of a score is a polynomial of first order in the token's offset from the page's centre. What
+#: that leaves out is at most half the square of the angle, 0.5 % of the pair's part at the page's ends.
+SLOW_ANGLE = 0.1
+
+#: Most query heads of a KV head.
+MAX_GROUP = 4
+
+#: Most fields of a head: what fits registers.
+MAX_HEAD_FIELDS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class HopperOperands:
+    """What the kernels in this folder read, besides codes; `build` makes it from a layer's `DecodeOperands`.
+
+    Attributes
+    ----------
+    plain
+        The operands that these were made of.
+    fast_pairs, slow_pairs
+        Pairs of coordinates that are rotated token by token, and those that are not; each padded.
+    score_images
+        uint8: synthesis and its slow part, for every KV head.
+    score_offsets, pair_order, pair_angles, offset_turns
+        Tables in the order of the pairs, by falling angle.
+    score_fields, sum_fields
+        ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
+    latent_images
+        uint8: innovation and transition; None at the last layer.
+    epilogue
+        ``[kv_heads, slots, head_dim]`` float16.
+    """
+
+    plain: DecodeOperands
+    fast_pairs: int
+    slow_pairs: int
+    score_images: Tensor
+    score_offsets: Tensor
+    pair_order: Tensor
+    pair_angles: Tensor
+    offset_turns: Tensor
+    score_fields: Tensor
+    sum_fields: Tensor
+    latent_images: Tensor | None
+    epilogue: Tensor
+
+    @property
+    def head_fields(self) -> int:
+        """Fields of a head, the most of any."""
+        return self.score_fields.shape[1]
+
+    @classmethod
+    def build(cls, plain: DecodeOperands, inverse_frequencies: Tensor) -> HopperOperands:
+        """Arrange a layer's operands.
+
+        Parameters
+        ----------
+        plain
+            float16 operands.
+        inverse_frequencies
+            ``[rotary_dim / 2]``: angle of each pair per position.
+
+        Raises
+        ------
+        ConfigError
+            The kernels do not support the layer; see `unsupported`.
+        """
+        reason = unsupported(plain)
+        if reason is not None:
+            raise ConfigError(f"backend hopper: {reason}")
+        dim, heads = plain.head_dim, plain.num_kv_heads
+        device = plain.score_synthesis.device
+        half = dim // 2
+        angles = torch.zeros(half, dtype=torch.float64)
+        angles[: len(inverse_frequencies)] = inverse_frequencies.double().cpu()
+        by_angle = angles.abs().argsort(descending=True, stable=True)
+        fast, slow = split_pairs(angles, dim)
+        order = torch.full((fast + slow,), -1, dtype=torch.int64)
+        order[:half] = by_angle  # any padding follows the slow pairs
+        columns = torch.stack([order, torch.where(order >= 0, order + half, -1)], 1)
+        head_fields = max(1, plain.keys.layout.max_group_fields)
+        steps = head_fields + plain.latent_width // 16
+        slots = -(-steps // 4) * CHUNK_SLOTS
+        rows = plain.score_synthesis.new_zeros(heads, slots, dim + 1)
+        count = min(head_fields * FIELD_COLUMNS, plain.score_synthesis.shape[1])
+        rows[:, :count, :dim] = plain.score_synthesis[:, :count]
+        if plain.latent_synthesis is not None:
+            start = head_fields * FIELD_COLUMNS
+            rows[:, start : start + plain.latent_width, :dim] = plain.latent_synthesis
+        # Column dim, zero, stands for coordinates that do not exist.
+        picked = rows[:, _step_order(slots, device)][..., columns.flatten().to(device) % (dim + 1)]
+        # Rotated pairs: first coordinates of eight pairs, then their second ones.
+        turned = picked[..., : 2 * fast].unflatten(-1, (-1, 8, 2)).transpose(-1, -2).flatten(-3)
+        still = picked[..., 2 * fast :]
+        room = picked.new_zeros(heads, slots, 8)
+        synthesis = _images(torch.cat([turned, room], -1).transpose(1, 2))
+        padding = CHUNK_SLOTS - still.shape[-1]
+        slow_rows = torch.nn.functional.pad(still, (0, padding)).unflatten(1, (-1, CHUNK_SLOTS))
+        images = torch.cat([synthesis, _images(slow_rows).flatten(1)], 1)
+        offsets = torch.nn.functional.pad(plain.key_offset, (0, 1))[:, columns.flatten().to(device) % (dim + 1)]
+        tables = (plain.keys.layout, plain.values.layout)
+        by_head = [
+            _describe(tables[0], tables[0].group_fields(head), head_fields) for head in range(heads)
+        ]
+        chunks = (plain.keys.chunks, plain.values.chunks)
+        sums = [_describe(t, t.fields, 4 * n) for t, n in zip(tables, chunks, strict=True)]
+        spread = angles[by_angle]
+        rotation = torch.arange(PAGE_TOKENS, dtype=torch.float64)[:, None] - (PAGE_TOKENS - 1) / 2
+        rotation = rotation * torch.nn.functional.pad(spread, (0, fast))[:fast]
+        turns = torch.stack([rotation.cos(), rotation.sin()], -2)  # of two neighbouring pairs at a time
+        turns = turns.unflatten(-1, (-1, 2)).transpose(1, 2).half().contiguous()
+        latent = None
+        if plain.innovation is not None:
+            parts = [plain.innovation]
+            if plain.transition is not None:
+                parts.append(_pad_slots(plain.transition))
+            whole = torch.cat(parts)
+            latent = _images(whole[_step_order(len(whole), device)].T[None])[0].contiguous()
+        coordinate = torch.cat([rotary_order(dim, plain.rotary_dim), torch.tensor([-1])])
+        return cls(
+            plain,
+            fast,
+            slow,
+            images.contiguous(),
+            offsets.float().contiguous(),
+            coordinate[columns].int().contiguous().to(device),
+            (torch.nn.functional.pad(spread, (0, fast + slow - half)) * 32).float().to(device),
+            turns.to(device),
+            torch.stack(by_head).to(device),
+            torch.cat(sums).to(device),
+            latent,
+            plain.epilogue.transpose(1, 2).contiguous(),
+        )
+
+    def page_turns(self, inverse_frequencies: Tensor, page_positions: Tensor, factor: float = 1.0) -> Tensor:
+        """Return cosines and sines at the pages' centres in the order of the pairs.
+
+        Parameters
+        ----------
+        inverse_frequencies
+            As for `build`.
+        page_positions
+            ``[rows, pages]``: position of the first token of every page; its tokens follow one by one.
+        factor
+            The model's factor on cosines and sines.
+
+        Returns
+        -------
+        Tensor
+            ``[rows, pages, pairs, 2]`` float32.
+        """
+        angles = inverse_frequencies.new_zeros(self.plain.head_dim // 2, dtype=torch.float64)
+        angles[: len(inverse_frequencies)] = inverse_frequencies.double()
+        angles = angles[angles.abs().argsort(descending=True, stable=True)]
+        angles = torch.nn.functional.pad(angles, (0, self.fast_pairs + self.slow_pairs - len(angles)))
+        turn = (page_positions[..., None].double() + (PAGE_TOKENS - 1) / 2) * angles
+        return (torch.stack([turn.cos(), turn.sin()], -1) * factor).float().contiguous()
+
+
+def split_pairs(angles: Tensor, dim: int) -> tuple[int, int]:
+    """Return how many pairs are rotated token by token, a multiple of 8, and how many are not, of 8.
+
+    At most 32 pairs may be slow: 64 numbers are a row of an operand in shared memory.
+    """
+    half = dim // 2
+    fast = int((angles.abs() * (PAGE_TOKENS / 2) > SLOW_ANGLE).sum())
+    fast = max(8, half - 32, -(-fast // 8) * 8)
+    slow = max(8, -(-(half - min(half, fast)) // 8) * 8)
+    return fast, slow
+
+
+def unsupported(plain: DecodeOperands) -> str | None:
+    """Return why the kernels cannot run a layer, or None."""
+    if plain.head_dim not in (64, 128):
+        return f"expected heads of 64 or 128, got {plain.head_dim}"
+    if plain.epilogue.dtype != torch.float16:
+        return f"expected float16 operands, got {plain.epilogue.dtype}"
+    if plain.keys.layout.max_group_fields > MAX_HEAD_FIELDS:
+        return f"expected at most {MAX_HEAD_FIELDS} fields a head, got {plain.keys.layout.max_group_fields}"
+    for layout in (plain.keys.layout, plain.values.layout):
+        gains = level_slopes(layout)[1]
+        if any(len(set(gains[list(field.coefficients)].tolist())) > 1 for field in layout.fields):
+            return "expected one width for all coefficients of a field"
+    return None
+
+
+def _describe(layout: PageLayout, fields: Sequence[Field], count: int) -> Tensor:
+    """Return ``[count, 8]`` int32 descriptions, zero (all codes 0) past the fields."""
+    gains = level_slopes(layout)[1]
+    words = torch.zeros(count, 8, dtype=torch.int32)
+    for row, field in zip(words, fields, strict=False):
+        gain = float(gains[field.coefficients[0]])
+        unit = 2.0**-field.shift
+        halves = torch.tensor([unit, -field.centre, gain, -1024 * unit], dtype=torch.float16)
+        twice = [(bits & 0xFFFF) * 0x10001 for bits in halves.view(torch.int16).tolist()]
+        middle = torch.tensor(0.0 if gain else field.centre, dtype=torch.float32).view(torch.int32)
+        mask = field.mask * 0x01010101
+        parts = [field.plane * PLANE_BYTES, mask, *twice, int(middle), 0]
+        row.copy_(torch.tensor([part - (1 << 32) if part >= 1 << 31 else part for part in parts]))
+    return words
+
+
+def _step_order(slots: int, device: torch.device) -> Tensor:
+    """Return the slot at each place of the right operand.
+
+    A thread has four neighbouring columns of a field; the left operand wants the first two of them in its lower
+    eight columns, the others in its upper eight.
+    """
+    within = torch.arange(FIELD_COLUMNS, device=device)
+    column = (within % 8) // 2 * 4 + within % 2 + 2 * (within // 8)
+    return (torch.arange(0, slots, FIELD_COLUMNS, device=device)[:, None] + column).flatten()
+
+
+def _images(rows: Tensor) -> Tensor:
+    """Arrange ``[batch…, n, k]`` float16 as the products' right operands: bytes ``[batch…, -1]``.
+
+    For every 64 of k one block of n rows of 128 bytes, whose sixteen-byte chunks are exchanged by the row's number
+    modulo 8.
+    """
+    *batch, n, k = rows.shape
+    blocks = rows.reshape(*batch, n, k // 64, 8, 8).movedim(-3, -4)  # [batch…, blocks, n, chunks, 8]
+    number = torch.arange(n, device=rows.device)[:, None] % 8
+    chunk = torch.arange(8, device=rows.device) ^ number
+    index = chunk[..., None].expand(*blocks.shape)
+    return blocks.gather(-2, index).contiguous().view(torch.uint8).flatten(len(batch))
+
+
+def _pad_slots(matrix: Tensor) -> Tensor:
+    missing = -len(matrix) % CHUNK_SLOTS
+    return torch.nn.functional.pad(matrix, (0, 0, 0, missing))
+
+
+def score_splits(multiprocessors: int, resident: int, programs: int, pages: int) -> int:
+    """Return into how many splits to cut a row's pages so that one round of blocks fills the GPU."""
+    return max(1, min(pages, math.floor(multiprocessors * resident / max(1, programs))))
