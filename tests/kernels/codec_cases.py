@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -91,9 +92,7 @@ def random_layer(shape, rank, random):
         predictor = AffinePredictor((down, up), normal(width, scale=spread))
     keys = tensor_codec(shape, shape.key_counts, True, normal(width, scale=5 * spread), predictor, random)
     ranks = [width, width] if shape.value_rank is None else [width, shape.value_rank, width]
-    factors = tuple(
-        normal(a, b, scale=0.5 * a**-0.5).bfloat16() for a, b in zip(ranks, ranks[1:], strict=False)
-    )
+    factors = tuple(normal(a, b, scale=0.5 * a**-0.5).bfloat16() for a, b in pairwise(ranks))
     predictor = AffinePredictor(factors, normal(width, scale=spread))
     values = tensor_codec(shape, shape.value_counts, False, normal(width, scale=spread), predictor, random)
     return LayerCodec(keys, values, INPUTS)
