@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aquakv.codec import LayerCodec, LinearTransform, ScalarQuantizer, TensorCodec
 from aquakv.codec.latent import latent_steps
+from aquakv.codec.pages import coefficient_heads
 from aquakv.errors import ConfigError
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.pages import PageLayout
@@ -130,24 +131,6 @@ def plain_layer(
         next_offset,
         transition,
     )
-
-
-def coefficient_heads(transform: LinearTransform, heads: int) -> Tensor:
-    """Return the KV head, ``[coefficients]`` int64, that each coefficient of a transform belongs to.
-
-    Raises
-    ------
-    ConfigError
-        A coefficient mixes heads.
-    """
-    parts = transform.synthesis.unflatten(1, (heads, -1)).abs().sum(-1)
-    parts = parts + transform.analysis.T.unflatten(1, (heads, -1)).abs().sum(-1)
-    if bool(((parts > 0).sum(1) > 1).any()):
-        raise ConfigError(
-            "kernels: expected key coefficients that stay within a head (transform.key_scope head), got some "
-            "that mix heads"
-        )
-    return parts.argmax(1)
 
 
 def _kv_heads(codec: LayerCodec, num_kv_heads: int | None) -> int:
