@@ -91,6 +91,8 @@ class AquaCache(Cache):
         self.codec.fingerprint.require_match(self._adapter.fingerprint(), name)
         self.window = window or self.codec.config.window
         self._choice: AttentionChoice = attention
+        if backend not in get_args(Backend):
+            raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
         self._backend: Backend = backend
         self._fused = self._may_fuse(attention)
         if self._fused:
@@ -141,13 +143,12 @@ class AquaCache(Cache):
         return self._mask is None or self._mask.shape[1] >= self.layout.columns + new_columns
 
     def _attends_with_kernels(self, key_states: Tensor) -> bool:
-        """Tell whether, in a pass that attends to codes, kernels do so."""
+        """Tell whether, in a pass that attends to codes, kernels do so if no mask hides any."""
         return (
             self._paged
             and key_states.shape[2] == 1
             and attends_with_kernels(self._backend, self._adapter.head_dim, key_states)
             and all(self.layout.successive)
-            and self._state.sees_all(self.layout, self._mask)
         )
 
     def _may_fuse(self, attention: AttentionChoice) -> bool:
@@ -239,10 +240,11 @@ class AquaCache(Cache):
             )
         rows, _, new_columns, _ = key_states.shape
         before, fused = self.layout.columns, self._attends_to_codes(new_columns)
+        kernels = fused and self._attends_with_kernels(key_states)
         self.layout.append(new_columns, self._positions, self._mask, rows)
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
-        if fused and exact is not None and self._attends_with_kernels(key_states):
+        if kernels and exact is not None and self._state.sees_all(self.layout, self._mask):
             self._step = PagedStep(*shared, self._state, exact.tail_keys.shape[1], self._mask)
         elif fused and exact is not None:
             self._step = FusedStep(*shared, self.codec, exact.tail_keys.shape[1], self._mask)

@@ -209,8 +209,8 @@ class PagedState:
 
     def look_at(self, layout: TokenLayout, mask: Tensor | None) -> None:
         """Find out whether a mask hides compressed tokens, which may take a wait for the device."""
-        if mask is None:
-            self._unmasked = None
+        self._unmasked = None
+        if mask is None or mask.shape[1] < layout.columns:
             return
         index = layout.page_columns(layout.pages, mask.device)
         real = mask[:, : layout.columns].ne(0).expand(layout.rows, -1).reshape(-1)
