@@ -16,7 +16,7 @@ from torch import Tensor
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.step import Blocks, CacheStep, reconstruction_dtype
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
-from aquakv.codec import EncodedVectors, LayerCodec, LinearTransform, ModelCodec, ScalarQuantizer
+from aquakv.codec import LayerCodec, LinearTransform, ModelCodec, ScalarQuantizer
 from aquakv.codec.latent import require_latents
 from aquakv.config import GuardConfig
 from aquakv.errors import ConfigError
@@ -88,10 +88,8 @@ class FusedStep(CacheStep):
         values = torch.cat([exact.tail_values, value_states.transpose(1, 2)], 1)
         chunk, dtype = pages.all(), reconstruction_dtype(key_states)
         codes = chunk.encoded
-        assert isinstance(codes.keys, EncodedVectors)  # `why_not_fused` has seen to it
-        assert isinstance(codes.values, EncodedVectors)
-        key_coefficients = codec.keys.quantizer.dequantize(codes.keys, dtype)
-        value_coefficients = codec.values.quantizer.dequantize(codes.values, dtype)
+        key_coefficients = codec.keys.dequantize(codes.keys, dtype)
+        value_coefficients = codec.values.dequantize(codes.values, dtype)
         latent = None if self._latent is None else self._latent.to(device)
         key_hat = _keys(codec, key_coefficients, latent)
         tables = self.coded.tables(self.adapter, layer_idx, key_states)

@@ -176,12 +176,12 @@ class CacheStep:
         history = self.due.history(keys.device)
         codes, hat = codec.encode(key_block, value_block, history)
         excess = codec.excess(key_block, value_block, hat)
-        outliers = None
+        outliers, chosen = None, None
         if excess is not None:
             chosen = choose_outliers(excess, pages.block_tokens, self._guard.most(pages.block_tokens))
             if len(chosen):
                 outliers = Outliers(chosen.to(torch.int32), exact_keys[chosen], exact_values[chosen])
-        pages.append(codec.seal(codes, pages.block_tokens), len(self.due.pages), outliers)
+        pages.append(codec.seal(codes, pages.block_tokens, chosen), len(self.due.pages), outliers)
         self.due.hats = codec.extend(history, hat)
 
     def _assemble(self, sinks: Tensor, tail: Tensor, new: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aquakv.codec import EncodedTokens
+from aquakv.codec import EncodedPages, EncodedTokens
 from aquakv.codec.encoded import concatenate
 
 #: Neighbouring chunks of equal size are merged up to this many pages, so that a layer holds few tensors and
@@ -76,7 +76,8 @@ class CodedPages:
     """Codes of one layer, append-only, in pages of ``block_tokens`` tokens.
 
     The pages live in a short list of chunks, each with exactly the tensors that the codes need and no spare
-    capacity.
+    capacity. Records, in which kernels look pages up, are one chunk: they are moved when a block is added, a
+    few percent of the work of encoding it.
     """
 
     block_tokens: int
@@ -89,6 +90,9 @@ class CodedPages:
 
     def append(self, encoded: EncodedTokens, pages: int, outliers: Outliers | None = None) -> None:
         """Add the codes of whole pages."""
+        if self.chunks and isinstance(encoded.keys, EncodedPages):
+            self.chunks = [self._join([*self.chunks, Chunk(pages, encoded, outliers)])]
+            return
         owned = EncodedTokens(encoded.keys.clone(), encoded.values.clone())
         self.chunks.append(Chunk(pages, owned, outliers))
         while len(self.chunks) > 1 and self._should_merge():
@@ -121,7 +125,9 @@ class CodedPages:
                 EncodedTokens(*(kind.select(part, self.block_tokens) for kind in whole.encoded)),
                 None if whole.outliers is None else whole.outliers.select(part, self.block_tokens),
             )
-            for part in pages.split(MAX_CHUNK_PAGES)
+            for part in (
+                [pages] if isinstance(whole.encoded.keys, EncodedPages) else pages.split(MAX_CHUNK_PAGES)
+            )
             if len(part)
         ]
 

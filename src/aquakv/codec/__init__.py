@@ -1,6 +1,6 @@
 """The codec: four independent stages, one codec per layer, one container per model, one file."""
 
-from aquakv.codec.encoded import EncodedStreams, EncodedTokens, EncodedVectors
+from aquakv.codec.encoded import EncodedPages, EncodedStreams, EncodedTokens, EncodedVectors
 from aquakv.codec.entropy import EntropyModel, EntropyQuantizer
 from aquakv.codec.fingerprint import ModelFingerprint
 from aquakv.codec.guard import OutlierGuard
@@ -13,6 +13,7 @@ from aquakv.codec.transform import GroupTransform, LinearTransform
 
 __all__ = [
     "AffinePredictor",
+    "EncodedPages",
     "EncodedStreams",
     "EncodedTokens",
     "EncodedVectors",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aquakv.numerics import EntropyCoded, rans
+from aquakv.numerics.pages import PAGE_TOKENS
 
 
 class EncodedVectors(NamedTuple):
@@ -92,7 +93,40 @@ class EncodedStreams(NamedTuple):
         return (self.states,)
 
 
-Encoded = EncodedVectors | EncodedStreams
+class EncodedPages(NamedTuple):
+    """Vectors in records of pages (`aquakv.numerics.pages`), from which kernels decode.
+
+    Attributes
+    ----------
+    records
+        ``[records, record_bytes]`` uint8: 64 tokens each, with their scale codes and attended bits.
+    """
+
+    records: Tensor
+
+    def select(self, pages: Tensor, block_tokens: int) -> EncodedPages:
+        """Return copies of pages of ``block_tokens`` tokens, in the given order (int64 indices)."""
+        each = block_tokens // PAGE_TOKENS
+        offsets = torch.arange(each, device=pages.device)
+        index = (pages[:, None] * each + offsets).flatten().to(self.records.device)
+        return EncodedPages(self.records.index_select(0, index))
+
+    def clone(self) -> EncodedPages:
+        """Return a copy that owns exactly its bytes."""
+        return EncodedPages(self.records.clone())
+
+    @property
+    def code_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold codes; the scales are among them."""
+        return (self.records,)
+
+    @property
+    def scale_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold scales by themselves: none."""
+        return ()
+
+
+Encoded = EncodedVectors | EncodedStreams | EncodedPages
 
 
 def concatenate(parts: Sequence[Encoded]) -> Encoded:
@@ -101,6 +135,8 @@ def concatenate(parts: Sequence[Encoded]) -> Encoded:
     if isinstance(first, EncodedStreams):
         joined = rans.concatenate([EntropyCoded(*part) for part in parts])
         return EncodedStreams(joined.words, joined.lengths, joined.states)
+    if isinstance(first, EncodedPages):
+        return EncodedPages(torch.cat([tensor for part in parts for tensor in part]))
     return EncodedVectors(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 

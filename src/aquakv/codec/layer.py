@@ -12,15 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aquakv.codec.encoded import Encoded, EncodedStreams, EncodedTokens, EncodedVectors
+from aquakv.codec.encoded import Encoded, EncodedPages, EncodedStreams, EncodedTokens, EncodedVectors
 from aquakv.codec.entropy import EntropyQuantizer
 from aquakv.codec.guard import OutlierGuard
 from aquakv.codec.predictor import AffinePredictor
 from aquakv.codec.quantizer import GridQuantizer
-from aquakv.codec.scalar import ScalarQuantizer
+from aquakv.codec.scalar import CODE_OF_ONE, ScalarQuantizer
 from aquakv.codec.transform import GroupTransform, LinearTransform
 from aquakv.config import PredictorConfig
 from aquakv.errors import ShapeError
+from aquakv.numerics.pages import (
+    PAGE_TOKENS,
+    PageLayout,
+    pack_records,
+    record_planes,
+    record_scales,
+    unpack_pages,
+)
 
 #: The encoder works on whole multiples of this many tokens (the rest is padded and cut off), so that matrix
 #: products take the same code path, and give the same bits, however the tokens were chunked or batched.
@@ -62,6 +70,8 @@ class TensorCodec:
         Second and fourth stage; the third, allocation, chose the quantiser's widths or step.
     guard
         Tells outliers, or None.
+    pages
+        How codes lie in pages if they are kept so; None if rows of tokens are kept.
     """
 
     mean: Tensor
@@ -69,6 +79,7 @@ class TensorCodec:
     transform: GroupTransform | LinearTransform
     quantizer: GridQuantizer | ScalarQuantizer | EntropyQuantizer
     guard: OutlierGuard | None = None
+    pages: PageLayout | None = None
 
     def encode(self, centred: Tensor, inputs: tuple[Tensor, ...]) -> tuple[EncodedVectors, Tensor]:
         """Encode centred vectors ``[tokens, features]`` float32; return the codes and the reconstruction."""
@@ -90,11 +101,22 @@ class TensorCodec:
         """Return the prediction of centred vectors, shaped like ``like``; zero without a predictor."""
         return torch.zeros_like(like) if self.predictor is None else self.predictor.predict(inputs)
 
-    def seal(self, codes: EncodedVectors, block_tokens: int) -> Encoded:
-        """Bring codes of whole blocks into the form in which they are kept."""
+    def seal(self, codes: EncodedVectors, block_tokens: int, exact: Tensor | None = None) -> Encoded:
+        """Bring codes of whole blocks into the form in which they are kept; see `LayerCodec.seal`."""
         if isinstance(self.quantizer, EntropyQuantizer):
             return self.quantizer.seal(codes, block_tokens)
-        return codes
+        if self.pages is None or block_tokens % PAGE_TOKENS:
+            return codes
+        assert isinstance(self.quantizer, ScalarQuantizer)  # only these are given pages
+        attended = torch.ones(len(codes.words), dtype=torch.bool, device=codes.words.device)
+        if exact is not None:
+            attended[exact.long()] = False
+        scales = (
+            codes.scales[:, 0]
+            if self.quantizer.groups
+            else torch.full_like(attended, CODE_OF_ONE, dtype=torch.uint8)
+        )
+        return EncodedPages(pack_records(self.quantizer.unpack(codes.words), scales, self.pages, attended))
 
     def unseal(self, encoded: Encoded, block_tokens: int) -> EncodedVectors:
         """Undo `seal`."""
@@ -104,7 +126,30 @@ class TensorCodec:
                     "codec: got entropy-coded streams, but this layer's codes are rows of tokens"
                 )
             return self.quantizer.unseal(encoded, block_tokens)
+        if isinstance(encoded, EncodedPages):
+            quantizer, planes, scales = self._planes(encoded)
+            assert self.pages is not None  # or there were no planes
+            return EncodedVectors(quantizer.pack(unpack_pages(planes, self.pages)), scales.contiguous())
         return encoded
+
+    def dequantize(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
+        """Return the coefficients, ``[tokens, n]`` in ``dtype``, of codes as rows or in pages."""
+        if isinstance(encoded, EncodedPages):
+            quantizer, planes, scales = self._planes(encoded)
+            assert self.pages is not None  # or there were no planes
+            if self.pages.is_uniform:
+                return quantizer.dequantize_planes(planes, scales, self.pages, dtype)
+            return quantizer.dequantize_codes(unpack_pages(planes, self.pages), scales, dtype)
+        if isinstance(encoded, EncodedStreams):
+            raise ShapeError("codec: got entropy-coded streams, expected rows of tokens; unseal them first")
+        return self.quantizer.dequantize(encoded, dtype)
+
+    def _planes(self, encoded: EncodedPages) -> tuple[ScalarQuantizer, Tensor, Tensor]:
+        """Return the quantiser, byte planes, and scale codes ``[tokens, 1]`` (``[tokens, 0]`` if n is 0)."""
+        if self.pages is None or not isinstance(self.quantizer, ScalarQuantizer):
+            raise ShapeError("codec: got codes in pages, but this layer's codes are rows of tokens")
+        scales = record_scales(encoded.records).reshape(-1, 1)
+        return self.quantizer, record_planes(encoded.records, self.pages), scales[:, : self.quantizer.groups]
 
     def to(self, device: torch.device | str) -> TensorCodec:
         """Return the codec on another device."""
@@ -114,6 +159,7 @@ class TensorCodec:
             self.transform.to(device),
             self.quantizer.to(device),
             None if self.guard is None else self.guard.to(device),
+            self.pages,
         )
 
 
@@ -140,8 +186,15 @@ class LayerCodec:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes stored for one token at this layer; an expectation where codes have no fixed length."""
+        """Bytes of one token's codes and scales; an expectation where codes have no fixed length."""
         return self.keys.quantizer.bytes_per_token + self.values.quantizer.bytes_per_token
+
+    def kept_bytes_per_token(self, block_tokens: int) -> float:
+        """Bytes kept for each token of blocks of ``block_tokens``: see `seal`."""
+        pages = [part.pages for part in (self.keys, self.values) if part.pages is not None]
+        if pages and block_tokens % PAGE_TOKENS == 0:
+            return sum(layout.record_bytes for layout in pages) / PAGE_TOKENS
+        return self.bytes_per_token
 
     def encode(
         self, keys: Tensor, values: Tensor, history: History = ()
@@ -187,15 +240,26 @@ class LayerCodec:
         value_hat = self.values.reconstruct(codes.values, self.value_sources(key_hat, history), dtype)
         return Reconstruction(key_hat, value_hat)
 
-    def seal(self, codes: EncodedTokens, block_tokens: int) -> EncodedTokens:
+    def seal(self, codes: EncodedTokens, block_tokens: int, exact: Tensor | None = None) -> EncodedTokens:
         """Bring the codes of whole blocks of tokens into the form in which they are kept.
 
-        A block is decodable by itself. Fixed-rate codes are kept as they are.
+        A block is decodable by itself. Where kernels can attend to codes, and 64 divides the block, they are
+        kept in records of pages; other codes of a fixed rate are kept as they are.
+
+        Parameters
+        ----------
+        codes
+            From `encode`, of a multiple of ``block_tokens`` tokens.
+        block_tokens
+            Tokens of a block.
+        exact
+            ``[n]`` any integer dtype: tokens that attention sees otherwise, which only pages tell.
         """
         assert isinstance(codes.keys, EncodedVectors)
         assert isinstance(codes.values, EncodedVectors)
         return EncodedTokens(
-            self.keys.seal(codes.keys, block_tokens), self.values.seal(codes.values, block_tokens)
+            self.keys.seal(codes.keys, block_tokens, exact),
+            self.values.seal(codes.values, block_tokens, exact),
         )
 
     def unseal(self, encoded: EncodedTokens, block_tokens: int) -> EncodedTokens:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from aquakv.codec.fingerprint import ModelFingerprint
 from aquakv.codec.guard import OutlierGuard
 from aquakv.codec.latent import LatentStep, latent_steps
 from aquakv.codec.layer import LayerCodec, TensorCodec
+from aquakv.codec.pages import with_page_layouts
 from aquakv.codec.predictor import AffinePredictor
 from aquakv.codec.quantizer import build_quantizer
 from aquakv.codec.scalar import ScalarQuantizer
@@ -32,6 +33,7 @@ from aquakv.codec.transform import LinearTransform, build_transform
 from aquakv.config import CodecConfig, from_dict, to_dict
 from aquakv.errors import CodecFileError, ConfigError, InputError
 
+Derived = TypeVar("Derived")
 Kind = str
 KINDS: tuple[Kind, ...] = ("keys", "values")
 
@@ -47,8 +49,8 @@ class ModelCodec:
     fingerprint
         The model it belongs to.
     layers
-        One codec per compressed layer, in order. Layer *i* reads layer *i - 1*'s reconstruction; whoever
-        walks the layers carries it.
+        One codec per compressed layer, in order, each with the form in which it keeps codes. Layer *i* reads
+        layer *i - 1*'s reconstruction; whoever walks the layers carries it.
     calibration
         Record of the calibration: data, tokens, seed, figures by layer, library versions.
     """
@@ -64,13 +66,20 @@ class ModelCodec:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        layers = with_page_layouts(self.layers, self.fingerprint.num_kv_heads)
+        object.__setattr__(self, "layers", layers)
+
     @property
     def bits_per_value(self) -> float:
-        """Bits that the codes and scales of one value take, averaged over layers.
+        """Bits that the codes and scales of one value take, averaged over layers, with the codec's window.
 
         An expectation for entropy-coded layers, from text that calibration held out.
         """
-        stored = sum(layer.bytes_per_token for layer in self.layers)
+        block = self.config.window.block_tokens
+        stored = sum(layer.kept_bytes_per_token(block) for layer in self.layers)
         return 8 * stored / (2 * self.fingerprint.features * len(self.layers))
 
     def layer_on(self, index: int, device: torch.device) -> LayerCodec:
@@ -93,6 +102,12 @@ class ModelCodec:
             pair = [self.layer_on(number, device) for number in (index, index + 1)]
             self._steps[key] = latent_steps(pair)[0]
         return self._steps[key]
+
+    def derived(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """Return what ``make`` returned when first asked for ``key``: what others derive from this codec."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def save(self, path: str | Path) -> None:
         """Write the codec to one ``.safetensors`` file, all or nothing.

@@ -21,8 +21,11 @@ from aquakv.numerics import (
     nearest_cubic_level,
     pack,
     packed_words,
+    unpack,
     unpack_lookup,
 )
+from aquakv.numerics.packing import gather_rows
+from aquakv.numerics.pages import FIELD_COLUMNS, PageLayout
 
 #: Scale code of a token that has a coefficient that is not finite; its scale is NaN.
 NOT_FINITE = 255
@@ -186,10 +189,75 @@ class ScalarQuantizer:
         if not self.segments:
             return words.to(dtype)
         parts = [self._unpack(words, segment, dtype) for segment in self.segments]
-        levels = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return self._spread(parts[0] if len(parts) == 1 else torch.cat(parts, 1), scales)
+
+    def _spread(self, levels: Tensor, scales: Tensor) -> Tensor:
+        """Multiply levels, in place, with scales and deviations."""
         # In float32 also for narrow dtypes: scales and deviations by themselves may leave their range.
-        spread = _scales(words.device)[scales.int()] * self.deviations
-        return levels.mul_(spread.to(dtype))
+        spread = _scales(levels.device)[scales.int()] * self.deviations
+        return levels.mul_(spread.to(levels.dtype))
+
+    def unpack(self, words: Tensor) -> Tensor:
+        """Return the codes, ``[tokens, n]`` uint8, that ``words`` of `quantize` hold."""
+        codes = words.new_empty(len(words), self.features)
+        for segment in self.segments:
+            count = segment.coefficients.stop - segment.coefficients.start
+            codes[:, segment.coefficients] = unpack(self._words(words, segment), segment.width, count)
+        return codes
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Undo `unpack`."""
+        parts = [_pack(codes[:, segment.coefficients], segment) for segment in self.segments]
+        return torch.cat([codes.new_empty(len(codes), 0), *parts], 1)
+
+    def dequantize_codes(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Do as `dequantize`, to the last bit, from unpacked codes.
+
+        Parameters
+        ----------
+        codes
+            ``[tokens, n]`` uint8, see `unpack`.
+        scales
+            ``[tokens, 1]`` uint8.
+        dtype
+            Of the coefficients.
+        """
+        levels = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for width, start, stop in (
+            (s.width, s.coefficients.start, s.coefficients.stop) for s in self.segments
+        ):
+            table = _levels(width, self.arithmetic, codes.device, dtype)
+            index = codes[:, start:stop].flatten().int()
+            levels[:, start:stop] = table.index_select(0, index).view(len(codes), -1)
+        return self._spread(levels, scales) if self.segments else levels
+
+    def dequantize_planes(
+        self, planes: Tensor, scales: Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Do as `dequantize_codes` from the byte planes of pages, all levels of a byte at once.
+
+        Parameters
+        ----------
+        planes
+            ``[pages, planes, 64, 16]`` uint8.
+        scales
+            ``[pages * 64, 1]`` uint8.
+        layout
+            Their layout, for which `PageLayout.is_uniform` holds.
+        dtype
+            Of the coefficients.
+        """
+        tokens = planes.shape[0] * planes.shape[2]
+        if not self.segments:
+            return planes.new_empty(tokens, 0, dtype=dtype)
+        parts = []
+        for number, own in enumerate(layout.fields_by_plane):
+            pattern = tuple((f.width, f.shift) for f in own)
+            table = _plane_table(pattern, self.arithmetic, planes.device, dtype)
+            index = planes[:, number].flatten().int()
+            parts.append(gather_rows(table, index).view(tokens, -1))
+        order = _column_order(layout, planes.device)
+        return self._spread(torch.cat(parts, 1).index_select(1, order), scales)
 
     def to(self, device: torch.device | str) -> ScalarQuantizer:
         """Return the quantiser on another device."""
@@ -201,18 +269,27 @@ class ScalarQuantizer:
             codes = nearest_cubic_level(values, segment.width)
         else:
             codes = load_grid(1, 1 << segment.width, values.device).nearest(values)
-        num_bytes = segment.stored.stop - segment.stored.start
-        return pack(codes, segment.width).view(torch.uint8)[:, :num_bytes]
+        return _pack(codes, segment)
 
     def _unpack(self, words: Tensor, segment: Segment, dtype: torch.dtype) -> Tensor:
+        num_codes = segment.coefficients.stop - segment.coefficients.start
+        table = _level_table(segment.width, self.arithmetic, words.device, dtype)
+        return unpack_lookup(self._words(words, segment), segment.width, num_codes, table)
+
+    def _words(self, words: Tensor, segment: Segment) -> Tensor:
+        """Return the int32 words of a segment's codes."""
         num_codes = segment.coefficients.stop - segment.coefficients.start
         num_bytes = segment.stored.stop - segment.stored.start
         num_words = packed_words(num_codes, segment.width)
         # A fresh tensor: neither the start nor the stride of a view need be a multiple of a word's bytes.
         stored = words.new_zeros(len(words), 4 * num_words)
         stored[:, :num_bytes] = words[:, segment.stored]
-        table = _level_table(segment.width, self.arithmetic, words.device, dtype)
-        return unpack_lookup(stored.view(torch.int32), segment.width, num_codes, table)
+        return stored.view(torch.int32)
+
+
+def _pack(codes: Tensor, segment: Segment) -> Tensor:
+    num_bytes = segment.stored.stop - segment.stored.start
+    return pack(codes, segment.width).view(torch.uint8)[:, :num_bytes]
 
 
 def _segments(widths: list[int]) -> Iterator[Segment]:
@@ -240,5 +317,44 @@ def _scales(device: torch.device) -> Tensor:
 @lru_cache(maxsize=128)
 def _level_table(width: int, arithmetic: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the levels of a unit deviation, expanded for `unpack_lookup`; shared by all layers."""
-    levels = cubic_level_table(width)[:, None] if arithmetic else load_grid(1, 1 << width).points
-    return byte_table(levels.to(device=device, dtype=dtype), width)
+    return byte_table(_levels(width, arithmetic, device, dtype)[:, None], width)
+
+
+@lru_cache(maxsize=128)
+def _levels(width: int, arithmetic: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the levels of a unit deviation, ``[2**width]``."""
+    levels = cubic_level_table(width) if arithmetic else load_grid(1, 1 << width).points[:, 0]
+    return levels.to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=256)
+def _plane_table(
+    fields: tuple[tuple[int, int], ...], arithmetic: bool, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the levels that a byte of fields (width, shift) holds, ``[256, 1, 2, 4 or 8]``."""
+    byte, columns = torch.arange(256, device="cpu"), _table_columns(len(fields))
+    table = torch.zeros(256, columns, dtype=dtype, device="cpu")
+    for column, (width, shift) in enumerate(fields):
+        codes = (byte >> shift) & ((1 << width) - 1)
+        table[:, column] = _levels(width, arithmetic, table.device, dtype)[codes]
+    return table.to(device)
+
+
+def _table_columns(num_fields: int) -> int:
+    """Return how many levels a row of `_plane_table` has: rows of a power of two move as one number."""
+    return 1 << (num_fields - 1).bit_length()
+
+
+def _column_order(layout: PageLayout, device: torch.device) -> Tensor:
+    """Return where each coefficient is among the levels of all planes' bytes; kept with the layout."""
+    kept: dict[torch.device, Tensor] = layout.__dict__.setdefault("_column_order", {})
+    if device not in kept:
+        order, first = [0] * layout.coefficients, 0
+        for own in layout.fields_by_plane:
+            columns = _table_columns(len(own))
+            for place, f in enumerate(own):
+                for column, coefficient in enumerate(f.coefficients):
+                    order[coefficient] = first + column * columns + place
+            first += FIELD_COLUMNS * columns
+        kept[device] = torch.tensor(order, dtype=torch.int64, device=device)
+    return kept[device]
