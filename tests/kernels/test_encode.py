@@ -1,0 +1,213 @@
+"""The definition of encoding against the codec's own."""
+
+import dataclasses
+
+import pytest
+import torch
+from codec_cases import LAYERS, history_of, plain_codes, random_layers
+
+from aquakv.codec.guard import choose_outliers
+from aquakv.errors import ConfigError, ShapeError
+from aquakv.kernels import unpack_pages
+from aquakv.kernels.encode import encode, keep_exact
+from aquakv.kernels.from_codec import encode_operands
+from aquakv.numerics import cubic_level_table
+
+
+def tokens_of(layer, tokens, random, spread=1.0):
+    """Return keys and values around the layer's means."""
+    offsets = (spread * torch.randn(tokens, layer.features, generator=random) for _ in range(2))
+    return [codec.mean + o for codec, o in zip((layer.keys, layer.values), offsets, strict=True)]
+
+
+def parts(records, layout):
+    """Return codes, scale codes and attended bits of records."""
+    planes = records[:, : layout.page_bytes].reshape(len(records), layout.planes, 64, 16)
+    tail = records[:, layout.page_bytes :]
+    assert tail.shape[1] == 80
+    assert not tail[:, 72:].any()
+    return unpack_pages(planes, layout), tail[:, :64].flatten(), tail[:, 64:72]
+
+
+def ties(relative, widths):
+    """Return how far relative coefficients are from the nearest bound between levels, in parts of a step."""
+    distance = torch.full_like(relative, torch.inf)
+    for i, width in enumerate(widths):
+        levels = cubic_level_table(width).double()
+        bounds, steps = (levels[1:] + levels[:-1]) / 2, levels.diff()
+        distance[:, i] = ((relative[:, i, None] - bounds).abs() / steps).amin(1)
+    return distance
+
+
+def latents_for(latent, operands):
+    if latent is None:
+        return None
+    return torch.nn.functional.pad(latent, (0, operands.latent_width - latent.shape[1]))
+
+
+def coefficients(codec, centred, inputs):
+    """Return a tensor codec's coefficients over deviations, in float64."""
+    residual = centred.double() - codec.predict(centred, inputs).double()
+    return residual @ codec.transform.analysis.double() / codec.quantizer.deviations.double()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_encoding_gives_the_codes_that_the_codec_gives(name):
+    shape = LAYERS[name]
+    layer, following = random_layers(shape)
+    random = torch.Generator().manual_seed(2)
+    history, latent = history_of(layer, 256, random, shape.spread)
+    keys, values = tokens_of(layer, 256, random, shape.spread)
+    operands = encode_operands(layer, following, num_kv_heads=shape.heads, dtype=torch.float32)
+    got = encode(keys, values, latents_for(latent, operands), operands)
+    codes, hat = layer.encode(keys, values, history)
+    inputs = {"keys": layer.key_sources(history), "values": layer.value_sources(hat.keys, history)}
+    for kind, records, described, plain in (
+        ("keys", got.key_pages, operands.keys, keys),
+        ("values", got.value_pages, operands.values, values),
+    ):
+        codec, encoded = getattr(layer, kind), getattr(codes, kind)
+        ours, scales, attended = parts(records, described.layout)
+        assert (attended == 255).all()
+        if not codec.quantizer.features:
+            assert (scales == 128).all()
+            continue
+        exact = coefficients(codec, plain - codec.mean, inputs[kind])
+        scale = 2.0 ** ((encoded.scales.double() - 128) / 16)
+        octaves = 8 * exact.square().mean(1).log2()
+        tied = (octaves - octaves.round()).abs() > 0.5 - 1e-4
+        assert (scales == encoded.scales[:, 0])[~tied].all()
+        same = scales == encoded.scales[:, 0]
+        theirs = plain_codes(codec.quantizer, encoded.words)
+        differ = (ours != theirs) & same[:, None]
+        # Where codes differ the coefficient lies half-way between two levels, to float32's precision.
+        assert (ties(exact / scale, codec.quantizer.widths.tolist())[differ] < 2e-4).all()
+        assert differ.double().mean() < 1e-4
+        assert len(set(theirs.flatten().tolist())) > 2
+    if following is None:
+        assert got.next_latents is None
+    else:
+        expected = following.keys.predictor.latent((hat.keys,))
+        own = got.next_latents[:, : shape.next_rank]
+        typical = float(expected.abs().mean())
+        assert float((own - expected).abs().median()) < 1e-5 * typical
+        assert not got.next_latents[:, shape.next_rank :].any()
+    excess = layer.excess(keys, values, hat)
+    assert (got.excess is None) == (excess is None)
+    if excess is not None:
+        off = (got.excess - excess).abs() / excess
+        assert float(off.median()) < 1e-5
+        assert float(off.quantile(0.97)) < 1e-3  # the rest may have a code on the other side of a tie
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_float16_moves_few_codes_and_none_far(name):
+    shape = LAYERS[name]
+    layer, following = random_layers(shape)
+    random = torch.Generator().manual_seed(3)
+    _, latent = history_of(layer, 256, random, shape.spread)
+    keys, values = tokens_of(layer, 256, random, shape.spread)
+    exact = encode_operands(layer, following, num_kv_heads=shape.heads, dtype=torch.float32)
+    narrow = encode_operands(layer, following, num_kv_heads=shape.heads)
+    assert narrow.dtype == torch.float16
+    results = [encode(keys, values, latents_for(latent, o), o) for o in (exact, narrow)]
+    assert results[1].next_latents is None or results[1].next_latents.dtype == torch.float16
+    for kind in ("key", "value"):
+        layout = getattr(exact, f"{kind}s").layout
+        (theirs, scales, _), (ours, own_scales, _) = (
+            parts(getattr(r, f"{kind}_pages"), layout) for r in results
+        )
+        same = scales == own_scales
+        assert same.double().mean() > 0.95
+        moved = (ours.int() - theirs.int())[same].abs()
+        if moved.numel():
+            assert int(moved.max()) <= 1
+            assert moved.double().mean() < 0.02
+
+
+def test_tokens_without_a_finite_coefficient_are_marked():
+    layer, following = random_layers(LAYERS["plain"])
+    random = torch.Generator().manual_seed(4)
+    _, latent = history_of(layer, 64, random)
+    keys, values = tokens_of(layer, 64, random)
+    for dtype in (torch.float32, torch.float16):
+        operands = encode_operands(layer, following, dtype=dtype)
+        latents = latents_for(latent, operands)
+        clean = encode(keys, values, latents, operands)
+        bad_keys, bad_values, bad_latents = keys.clone(), values.clone(), latents.clone()
+        bad_keys[3, 5] = torch.nan
+        bad_keys[60, 100] = torch.inf
+        bad_values[9, 1] = -torch.inf
+        bad_latents[20, 0] = torch.nan
+        got = encode(bad_keys, bad_values, bad_latents, operands)
+        for records, clean_records, described, marked in (
+            (got.key_pages, clean.key_pages, operands.keys, [3, 20, 60]),
+            (got.value_pages, clean.value_pages, operands.values, [3, 9, 20, 60]),
+        ):
+            codes, scales, _ = parts(records, described.layout)
+            assert (scales == 255).nonzero().flatten().tolist() == marked
+            others = torch.ones(64, dtype=torch.bool)
+            others[marked] = False
+            expected, expected_scales, _ = parts(clean_records, described.layout)
+            assert torch.equal(codes[others], expected[others])
+            assert torch.equal(scales[others], expected_scales[others])
+            widths = torch.tensor(described.layout.widths, dtype=torch.int64)
+            assert (codes[marked] == (1 << widths >> 1)).all()
+        assert got.excess.isnan().nonzero().flatten().tolist() == [3, 9, 20, 60]
+        assert got.next_latents.isnan().all(1).nonzero().flatten().tolist() == [3, 20, 60]
+
+
+def test_huge_tokens_are_clipped_and_not_lost():
+    layer, following = random_layers(LAYERS["first and wide"])
+    keys, values = (torch.full((64, layer.features), 3e7) for _ in range(2))
+    got = encode(keys, values, None, encode_operands(layer, following))
+    for records in got[:2]:
+        assert (records[:, -80:-16] == 254).all()
+    assert (got.excess > 1e3).all()
+
+
+def test_constant_tokens_have_the_smallest_scale():
+    layer, following = random_layers(LAYERS["first and wide"])
+    operands = encode_operands(layer, following, dtype=torch.float32)
+    keys = operands.key_offset.expand(64, -1)
+    got = encode(keys, operands.value_offset.expand(64, -1), None, operands)
+    codes, scales, _ = parts(got.key_pages, operands.keys.layout)
+    assert not scales.any()
+    assert (codes == (1 << torch.tensor(operands.keys.layout.widths) >> 1)).all()
+
+
+def test_outliers_are_marked_in_both_records():
+    layer, following = random_layers(LAYERS["plain"])
+    random = torch.Generator().manual_seed(5)
+    _, latent = history_of(layer, 256, random)
+    keys, values = tokens_of(layer, 256, random)
+    operands = encode_operands(layer, following)
+    got = encode(keys, values, latents_for(latent, operands), operands)
+    before = [records.clone() for records in got[:2]]
+    chosen = choose_outliers(got.excess, 64, 9)
+    assert len(chosen) > 5
+    keep_exact(got, chosen)
+    for records, old, described in zip(got[:2], before, (operands.keys, operands.values), strict=True):
+        attended = parts(records, described.layout)[2]
+        bits = (attended.flatten()[:, None] >> torch.arange(8)) & 1
+        assert (bits.flatten() == 0).nonzero().flatten().tolist() == chosen.tolist()
+        records[:, -16:-8] = 255
+        assert torch.equal(records, old)
+
+
+def test_what_does_not_fit_is_refused():
+    layer, following = random_layers(LAYERS["plain"])
+    operands = encode_operands(layer, following)
+    rows, latents = torch.zeros(64, 128), torch.zeros(64, 16)
+    with pytest.raises(ShapeError, match=r"floating keys \[multiple of 64, 128\], got float32 \[65, 128\]"):
+        encode(torch.zeros(65, 128), rows, latents, operands)
+    with pytest.raises(ShapeError, match=r"floating values .* got int64"):
+        encode(rows, rows.long(), latents, operands)
+    with pytest.raises(ShapeError, match="some latents"):
+        encode(rows, rows, None, operands)
+    with pytest.raises(ShapeError, match=r"latents \[64, 16\], got float32 \[64, 17\]"):
+        encode(rows, rows, torch.zeros(64, 17), operands)
+    guard = dataclasses.replace(layer.keys.guard, roots=torch.eye(64).expand(2, -1, -1))
+    other = dataclasses.replace(layer, keys=dataclasses.replace(layer.keys, guard=guard))
+    with pytest.raises(ConfigError, match="keys whose guard has the norm of their transform"):
+        encode_operands(other, following)
