@@ -17,6 +17,7 @@ from aquakv.codec import (
     TensorCodec,
 )
 from aquakv.config import PredictorConfig
+from aquakv.kernels import unpack_pages
 from aquakv.numerics import packed_words, symmetric_root, unpack, weighted_klt
 
 #: Counts of coefficients by falling width, whole bytes for each.
@@ -130,3 +131,18 @@ def history_of(layer, tokens, random, spread=1.0):
         return (), None
     before = spread * torch.randn(tokens, layer.features, generator=random)
     return (Reconstruction(before, before),), layer.keys.predictor.latent((before,))
+
+
+def tokens_of(layer, tokens, random, spread=1.0):
+    """Return keys and values around the layer's means."""
+    offsets = (spread * torch.randn(tokens, layer.features, generator=random) for _ in range(2))
+    return [codec.mean + o for codec, o in zip((layer.keys, layer.values), offsets, strict=True)]
+
+
+def record_parts(records, layout):
+    """Return codes, scale codes and attended bits of records."""
+    planes = records[:, : layout.page_bytes].reshape(len(records), layout.planes, 64, 16)
+    tail = records[:, layout.page_bytes :]
+    assert tail.shape[1] == 80
+    assert not tail[:, 72:].any()
+    return unpack_pages(planes, layout), tail[:, :64].flatten(), tail[:, 64:72]

@@ -4,29 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from codec_cases import LAYERS, history_of, plain_codes, random_layers
+from codec_cases import LAYERS, history_of, plain_codes, random_layers, record_parts, tokens_of
 
 from aquakv.codec.guard import choose_outliers
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.kernels import unpack_pages
 from aquakv.kernels.encode import encode, keep_exact
 from aquakv.kernels.from_codec import encode_operands
 from aquakv.numerics import cubic_level_table
-
-
-def tokens_of(layer, tokens, random, spread=1.0):
-    """Return keys and values around the layer's means."""
-    offsets = (spread * torch.randn(tokens, layer.features, generator=random) for _ in range(2))
-    return [codec.mean + o for codec, o in zip((layer.keys, layer.values), offsets, strict=True)]
-
-
-def parts(records, layout):
-    """Return codes, scale codes and attended bits of records."""
-    planes = records[:, : layout.page_bytes].reshape(len(records), layout.planes, 64, 16)
-    tail = records[:, layout.page_bytes :]
-    assert tail.shape[1] == 80
-    assert not tail[:, 72:].any()
-    return unpack_pages(planes, layout), tail[:, :64].flatten(), tail[:, 64:72]
 
 
 def ties(relative, widths):
@@ -67,7 +51,7 @@ def test_encoding_gives_the_codes_that_the_codec_gives(name):
         ("values", got.value_pages, operands.values, values),
     ):
         codec, encoded = getattr(layer, kind), getattr(codes, kind)
-        ours, scales, attended = parts(records, described.layout)
+        ours, scales, attended = record_parts(records, described.layout)
         assert (attended == 255).all()
         if not codec.quantizer.features:
             assert (scales == 128).all()
@@ -115,7 +99,7 @@ def test_float16_moves_few_codes_and_none_far(name):
     for kind in ("key", "value"):
         layout = getattr(exact, f"{kind}s").layout
         (theirs, scales, _), (ours, own_scales, _) = (
-            parts(getattr(r, f"{kind}_pages"), layout) for r in results
+            record_parts(getattr(r, f"{kind}_pages"), layout) for r in results
         )
         same = scales == own_scales
         assert same.double().mean() > 0.95
@@ -144,11 +128,11 @@ def test_tokens_without_a_finite_coefficient_are_marked():
             (got.key_pages, clean.key_pages, operands.keys, [3, 20, 60]),
             (got.value_pages, clean.value_pages, operands.values, [3, 9, 20, 60]),
         ):
-            codes, scales, _ = parts(records, described.layout)
+            codes, scales, _ = record_parts(records, described.layout)
             assert (scales == 255).nonzero().flatten().tolist() == marked
             others = torch.ones(64, dtype=torch.bool)
             others[marked] = False
-            expected, expected_scales, _ = parts(clean_records, described.layout)
+            expected, expected_scales, _ = record_parts(clean_records, described.layout)
             assert torch.equal(codes[others], expected[others])
             assert torch.equal(scales[others], expected_scales[others])
             widths = torch.tensor(described.layout.widths, dtype=torch.int64)
@@ -171,7 +155,7 @@ def test_constant_tokens_have_the_smallest_scale():
     operands = encode_operands(layer, following, dtype=torch.float32)
     keys = operands.key_offset.expand(64, -1)
     got = encode(keys, operands.value_offset.expand(64, -1), None, operands)
-    codes, scales, _ = parts(got.key_pages, operands.keys.layout)
+    codes, scales, _ = record_parts(got.key_pages, operands.keys.layout)
     assert not scales.any()
     assert (codes == (1 << torch.tensor(operands.keys.layout.widths) >> 1)).all()
 
@@ -188,7 +172,7 @@ def test_outliers_are_marked_in_both_records():
     assert len(chosen) > 5
     keep_exact(got, chosen)
     for records, old, described in zip(got[:2], before, (operands.keys, operands.values), strict=True):
-        attended = parts(records, described.layout)[2]
+        attended = record_parts(records, described.layout)[2]
         bits = (attended.flatten()[:, None] >> torch.arange(8)) & 1
         assert (bits.flatten() == 0).nonzero().flatten().tolist() == chosen.tolist()
         records[:, -16:-8] = 255

@@ -58,10 +58,11 @@ class CodeColumns:
         ``[fields, 2]`` int32, in the order of planes and shifts. First ``plane | width << 16 | shift << 20 |
         first of its plane << 24 | last << 25 | some levels are cubic << 26``; then the field's first column.
     table
-        ``[fields, 8, 16]`` float32 by `TABLE_ROWS`: of width w, half its levels (0 without a coefficient);
-        bounds between levels are ``m * (rise + cubic * m**2)``, whose inverse is near ``u / (rise + bend *
-        u)`` up to ``top``; levels are ``slope * x * (1 + gain * x**2)``, gain rounded to the operands' dtype;
-        weight of the error in the guard, over the root of its limit.
+        ``[fields, 8, 16]`` float32 by `TABLE_ROWS`: of width w, half its levels (0 without a coefficient,
+        whose other numbers are of no matter); bounds between levels are ``m * (rise + cubic * m**2)``, whose
+        inverse is near ``u / (rise + bend * u)`` up to ``top``; levels are ``slope * x * (1 + gain *
+        x**2)``, gain rounded to the operands' dtype; weight of the error in the guard, over the root of its
+        limit.
     slots
         ``[fields * 16]`` int64: the coefficient in every slot, -1 if none.
     coded, rest
@@ -369,6 +370,7 @@ def _columns(
         torch.zeros(len(by_plane), len(TABLE_ROWS), FIELD_COLUMNS, dtype=torch.float64),
         [],
     )
+    table[:, TABLE_ROWS.index("rise")] = 1.0  # what is divided by
     for index, f in enumerate(by_plane):
         before = by_plane[index - 1].plane if index else -1
         after = by_plane[index + 1].plane if index + 1 < len(by_plane) else -1

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -66,9 +68,8 @@ def coefficients_kernel(
         latent = tl.load(latents + token * RANK + ranks[None, :]).to(TYPE)
         own = tl.load(latent_map + ranks[:, None] * (HEADS * DIM) + feature[None, :])
         residual -= tl.dot(latent, own, input_precision="ieee")
-        if PREDICTS:
-            if head == 0:
-                tl.store(inputs + token * row_inputs + levels + ranks[None, :], latent)
+        if PREDICTS and head == 0:
+            tl.store(inputs + token * row_inputs + levels + ranks[None, :], latent)
     centred = (tl.load(values + place).to(tl.float32) - tl.load(value_offset + feature)[None, :]) * value_unit
     last = inputs + token * row_inputs + (row_inputs - HEADS * DIM)
     tl.store(last + feature[None, :], _narrow(centred, TYPE, LIMIT))
@@ -85,7 +86,7 @@ def coefficients_kernel(
         tl.store(out + column[None, :], _narrow(found, TYPE, LIMIT), mask=(column < count)[None, :])
 
 
-@triton.jit(do_not_specialize=["coefficients", "num_fields", "row_columns", "row_inputs"])
+@triton.jit(do_not_specialize=["coefficients", "num_fields"])
 def quantise_kernel(
     columns,
     coded,
@@ -140,7 +141,7 @@ def quantise_kernel(
             distance = number * tl.load(rest + column, mask=inside, other=0.0)[None, :]
             beside += distance * distance
     lost = tl.max(missing, axis=1) != 0
-    octaves = 8.0 * tl.log2(tl.sum(squares, axis=1) / coefficients)
+    octaves = 8.0 * tl.log2(tl.where(lost, 1.0, tl.sum(squares, axis=1)) / coefficients)
     code = tl.minimum(tl.maximum(tl.floor(octaves + 128.5), 0.0), 254.0).to(tl.int32)
     code = tl.where(lost, 255, tl.where(num_fields > 0, code, 128))
     scale = tl.load(scales + code)
@@ -152,7 +153,9 @@ def quantise_kernel(
     tail = record + (record_bytes - 80)
     tl.store(tail + within, code.to(tl.uint8))
     flags = tl.arange(0, 16)
-    tl.store(tail + 64 + flags, tl.where(flags < 8, 255, 0).to(tl.uint8), mask=(flags < 16) & (first % 64 == 0))
+    tl.store(
+        tail + 64 + flags, tl.where(flags < 8, 255, 0).to(tl.uint8), mask=(flags < 16) & (first % 64 == 0)
+    )
 
     lane = tl.arange(0, 16)
     packed = tl.zeros((TOKENS, 16), tl.int32)
@@ -238,9 +241,7 @@ def encode(
     """Launch the kernels; see `aquakv.kernels.encode.encode`."""
     tokens, pages, dtype = len(keys), len(keys) // PAGE_TOKENS, operands.dtype
     described = operands.keys, operands.values
-    key_pages, value_pages = (
-        keys.new_empty(pages, one.record_bytes, dtype=torch.uint8) for one in described
-    )
+    key_pages, value_pages = (keys.new_empty(pages, one.record_bytes, dtype=torch.uint8) for one in described)
     key_excess, excess = keys.new_empty(2, tokens, dtype=torch.float32) if operands.guarded else (None, None)
     following = None
     if operands.next_width:
@@ -301,7 +302,7 @@ def _quantise(
         described.rest,
         described.fields,
         described.table,
-        SCALES.to(columns.device),
+        _scales(columns.device),
         records,
         inputs,
         latents,
@@ -311,7 +312,7 @@ def _quantise(
         following,
         key_excess,
         excess,
-        described.coefficients,
+        max(1, described.coefficients),
         len(described.fields),
         columns.shape[1],
         0 if inputs is None else inputs.shape[1],
@@ -326,3 +327,8 @@ def _quantise(
         num_warps=4,
         num_stages=1,
     )
+
+
+@lru_cache(maxsize=8)
+def _scales(device: torch.device) -> Tensor:
+    return SCALES.to(device)

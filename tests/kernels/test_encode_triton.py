@@ -1,0 +1,115 @@
+"""The Triton kernels of encoding against their definition: on a GPU, or in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from codec_cases import LAYERS, history_of, random_layers, record_parts, tokens_of
+
+from aquakv.kernels.encode import encode
+from aquakv.kernels.from_codec import encode_operands
+
+pytest.importorskip("triton", reason="needs triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def on_this_device(test):
+    missing = not INTERPRETED and not torch.cuda.is_available()
+    skip = pytest.mark.skipif(missing, reason="needs CUDA, or TRITON_INTERPRET=1")
+    return skip(test) if INTERPRETED else pytest.mark.gpu(skip(test))
+
+
+#: On a GPU products are summed in another order. How many of the coefficients may lie so near the middle of
+#: two levels that this decides; in float16 the coefficient itself may round to either of two neighbours
+#: first. The same for scales. The interpreter's sums are torch's.
+TIES = dict.fromkeys((torch.float32, torch.float16), 0.0)
+if not INTERPRETED:
+    TIES = {torch.float32: 1e-4, torch.float16: 2e-3}
+
+
+@on_this_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_kernels_equal_their_definition(name, dtype):
+    shape = LAYERS[name]
+    layer, following = random_layers(shape, seed=7)
+    random = torch.Generator().manual_seed(8)
+    tokens = 128 if INTERPRETED else 2048
+    _, latent = history_of(layer, tokens, random, shape.spread)
+    keys, values = tokens_of(layer, tokens, random, shape.spread)
+    keys[5] = layer.keys.mean
+    keys[70, 3] = torch.nan
+    values[9, 0] = torch.inf
+    operands = encode_operands(layer, following, num_kv_heads=shape.heads, dtype=dtype).to(DEVICE)
+    if latent is not None:
+        latent[77, 1] = torch.nan
+        latent = torch.nn.functional.pad(latent, (0, operands.latent_width - shape.rank)).to(DEVICE)
+    # Numbers that a model has: bfloat16 keys.
+    keys, values = keys.bfloat16().to(DEVICE), values.bfloat16().to(DEVICE)
+    expected = encode(keys, values, latent, operands, backend="torch")
+    got = encode(keys, values, latent, operands, backend="triton")
+    same_tokens = torch.ones(tokens, dtype=torch.bool)
+    for kind, described in (("key_pages", operands.keys), ("value_pages", operands.values)):
+        ours, theirs = (record_parts(getattr(r, kind).cpu(), described.layout) for r in (got, expected))
+        assert torch.equal(ours[2], theirs[2])
+        assert torch.equal(ours[1] == 255, theirs[1] == 255)
+        # A whole row of codes follows from its scale.
+        same = ours[1] == theirs[1]
+        assert (~same).double().mean() <= 2 * TIES[dtype]
+        differ = (ours[0] != theirs[0])[same]
+        if differ.numel():
+            assert differ.double().mean() <= TIES[dtype]
+            assert (ours[0].int() - theirs[0].int())[same].abs().max() <= 1
+            assert theirs[0].unique().numel() > 1
+        same_tokens &= same & (ours[0] == theirs[0]).all(1)
+    # Tokens with equal codes have the same latents and errors.
+    assert same_tokens.double().mean() > 0.9
+    tolerance = {"rtol": 2e-3, "atol": 1e-3} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-5}
+    for ours, theirs in ((got.next_latents, expected.next_latents), (got.excess, expected.excess)):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype
+            ours, theirs = ours.cpu()[same_tokens].float(), theirs.cpu()[same_tokens].float()
+            torch.testing.assert_close(ours, theirs, equal_nan=True, **tolerance)
+
+
+@on_this_device
+def test_no_tokens_give_no_pages():
+    layer, following = random_layers(LAYERS["plain"])
+    operands = encode_operands(layer, following).to(DEVICE)
+    nothing = torch.zeros(0, 128, device=DEVICE)
+    got = encode(nothing, nothing, torch.zeros(0, 16, device=DEVICE), operands, backend="triton")
+    assert got.key_pages.shape == (0, operands.keys.record_bytes)
+    assert got.next_latents.shape == (0, 32)
+    assert got.excess.shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_encoding_can_be_captured():
+    layer, following = random_layers(LAYERS["first and wide"])
+    operands = encode_operands(layer, following).to("cuda")
+    keys, values = torch.randn(2, 256, layer.features, device="cuda").bfloat16()
+    encode(keys, values, None, operands)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = encode(keys, values, None, operands)
+    keys.copy_(keys.flip(0))
+    graph.replay()
+    again = encode(keys, values, None, operands)
+    assert torch.equal(captured.key_pages, again.key_pages)
+    assert torch.equal(captured.value_pages, again.value_pages)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
+def test_kernels_equal_their_definition_interpreted():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert f"{2 * len(LAYERS) + 1} passed" in result.stdout
