@@ -79,14 +79,42 @@ def quantise(keys):
     return arguments, constants, numbers
 
 
+def keys(dim, rank, kind):
+    arguments = pointers(
+        u8="pages", fp16="latents", i32="fields first_fields", fp32="gains scales offset"
+    ) | pointers(**{kind: "synthesis latent_map keys inputs"})
+    numbers = ("record_bytes", "row_inputs", "columns")
+    constants = {"HEADS": 8, "DIM": dim, "RANK": rank, "PREDICTS": True, "WIDE": False}
+    return arguments | dict.fromkeys(numbers, "i32"), constants, numbers
+
+
+def levels():
+    arguments = pointers(u8="pages", i32="fields", fp32="gains scales", bf16="inputs")
+    numbers = ("record_bytes", "row_inputs", "column")
+    return arguments | dict.fromkeys((*numbers, "num_fields"), "i32"), {"FIELDS": 8}, numbers
+
+
+def grid(width, dim):
+    arguments = pointers(u8="words", fp16="scales", fp32="points", bf16="out")
+    numbers = ("tokens", "num_codes", "row_bytes", "groups", "codes_per_group")
+    constants = {"WIDTH": width, "DIM": dim, "TOKENS": 8, "CODES": 128}
+    return arguments | dict.fromkeys(numbers, "i32"), constants, ()
+
+
 def kernels():
     from aquakv.kernels.encode.triton import coefficients_kernel, quantise_kernel
+    from aquakv.kernels.reconstruct.triton import grid_kernel, keys_kernel, levels_kernel
 
-    yield coefficients_kernel, coefficients(128, 64), 4
+    yield coefficients_kernel, coefficients(128, 64), 8
     yield coefficients_kernel, coefficients(64, 0, "fp32"), 4
     yield coefficients_kernel, coefficients(256, 16), 8
     yield quantise_kernel, quantise(keys=True), 4
     yield quantise_kernel, quantise(keys=False), 4
+    yield keys_kernel, keys(128, 64, "bf16"), 4
+    yield keys_kernel, keys(256, 16, "fp16"), 8
+    yield levels_kernel, levels(), 4
+    yield grid_kernel, grid(6, 2), 4
+    yield grid_kernel, grid(5, 1), 4
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

@@ -13,6 +13,7 @@ from aquakv.errors import ConfigError
 from aquakv.kernels.encode.operands import EncodeOperands, Guard
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.pages import PageLayout
+from aquakv.kernels.reconstruct.operands import ReconstructOperands
 
 
 class PlainLayer(NamedTuple):
@@ -131,6 +132,26 @@ def encode_operands(
         next_offset=plain.next_offset,
         transition=plain.transition,
         guards=guards,
+        dtype=dtype,
+    )
+
+
+def reconstruct_operands(
+    codec: LayerCodec, *, num_kv_heads: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> ReconstructOperands:
+    """Fold what reconstruction multiplies with; parameters and errors as for `decode_operands`."""
+    plain = plain_layer(codec, None, num_kv_heads)
+    return ReconstructOperands.build(
+        plain.key_layout,
+        plain.value_layout,
+        key_synthesis=plain.key_synthesis,
+        key_bias=plain.key_bias,
+        key_mean=codec.keys.mean,
+        value_synthesis=plain.value_synthesis,
+        value_bias=plain.value_bias,
+        value_mean=codec.values.mean,
+        value_map=plain.value_map,
+        latent_map=plain.latent_map,
         dtype=dtype,
     )
 

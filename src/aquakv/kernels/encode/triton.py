@@ -273,7 +273,7 @@ def encode(
         BLOCKS=operands.key_analysis.shape[2] // BLOCK_COLUMNS,
         PREDICTS=operands.predicts_values,
         LIMIT=torch.finfo(dtype).max,
-        num_warps=4 if operands.head_dim < 256 else 8,
+        num_warps=4 if operands.head_dim < 128 else 8,
         num_stages=1,
     )
     _quantise(columns, operands.keys, operands, key_pages, inputs, latents, following, None, key_excess)
