@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,8 @@ from aquakv.kernels.pages import PAGE_TOKENS
 
 #: Tokens of a program that quantises: a part of a page, so that there are programs enough.
 _TOKENS = 32
+
+_TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -239,19 +242,37 @@ def encode(
     keys: Tensor, values: Tensor, latents: Tensor | None, operands: EncodeOperands
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Launch the kernels; see `aquakv.kernels.encode.encode`."""
-    tokens, pages, dtype = len(keys), len(keys) // PAGE_TOKENS, operands.dtype
-    described = operands.keys, operands.values
-    key_pages, value_pages = (keys.new_empty(pages, one.record_bytes, dtype=torch.uint8) for one in described)
-    key_excess, excess = keys.new_empty(2, tokens, dtype=torch.float32) if operands.guarded else (None, None)
-    following = None
-    if operands.next_width:
-        following = keys.new_empty(tokens, operands.next_width, dtype=dtype)
-    if not tokens:
-        return key_pages, value_pages, following, excess
+    found = coefficients(keys, values, latents, operands)
+    key_pages, key_excess, following = quantise_keys(*found, latents, operands)
+    value_pages, excess = quantise_values(value_columns(found.inputs, operands), key_excess, operands)
+    return key_pages, value_pages, following, excess
+
+
+class Coefficients(NamedTuple):
+    """What `coefficients_kernel` gives.
+
+    Attributes
+    ----------
+    columns
+        ``[tokens, columns]``: of the keys.
+    inputs
+        ``[tokens, rows of value_analysis]``: latents and centred values in place, levels of the keys not yet.
+    """
+
+    columns: Tensor
+    inputs: Tensor
+
+
+def coefficients(
+    keys: Tensor, values: Tensor, latents: Tensor | None, operands: EncodeOperands
+) -> Coefficients:
+    """Compute the coefficients of the keys, and what those of the values are made from."""
+    tokens, dtype = len(keys), operands.dtype
     columns = keys.new_empty(tokens, operands.keys.columns, dtype=dtype)
     inputs = keys.new_empty(tokens, len(operands.value_analysis), dtype=dtype)
-    key_slots = len(operands.keys.slots)
-    coefficients_kernel[(pages * operands.num_kv_heads,)](
+    if not tokens:
+        return Coefficients(columns, inputs)
+    coefficients_kernel[(tokens // PAGE_TOKENS * operands.num_kv_heads,)](
         keys,
         values,
         latents,
@@ -266,7 +287,7 @@ def encode(
         operands.value_unit,
         columns.shape[1],
         inputs.shape[1],
-        key_slots,
+        len(operands.keys.slots),
         HEADS=operands.num_kv_heads,
         DIM=operands.head_dim,
         RANK=operands.latent_width,
@@ -276,27 +297,49 @@ def encode(
         num_warps=4 if operands.head_dim < 128 else 8,
         num_stages=1,
     )
-    _quantise(columns, operands.keys, operands, key_pages, inputs, latents, following, None, key_excess)
-    value_columns = inputs @ operands.value_analysis
-    _quantise(value_columns, operands.values, operands, value_pages, None, None, None, key_excess, excess)
-    return key_pages, value_pages, following, excess
+    return Coefficients(columns, inputs)
+
+
+def quantise_keys(
+    columns: Tensor, inputs: Tensor, latents: Tensor | None, operands: EncodeOperands
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the keys' records, their excess and the next latents; put their levels into ``inputs``."""
+    following = None
+    if operands.next_width:
+        following = columns.new_empty(len(columns), operands.next_width)
+    records, excess = _quantise(columns, operands.keys, operands, inputs, latents, following, None)
+    return records, excess, following
+
+
+def value_columns(inputs: Tensor, operands: EncodeOperands) -> Tensor:
+    """Return the values' coefficients: one product."""
+    return inputs @ operands.value_analysis
+
+
+def quantise_values(
+    columns: Tensor, key_excess: Tensor | None, operands: EncodeOperands
+) -> tuple[Tensor, Tensor | None]:
+    """Return the values' records, and the larger excess."""
+    return _quantise(columns, operands.values, operands, None, None, None, key_excess)
 
 
 def _quantise(
     columns: Tensor,
     described: CodeColumns,
     operands: EncodeOperands,
-    records: Tensor,
     inputs: Tensor | None,
     latents: Tensor | None,
     following: Tensor | None,
     key_excess: Tensor | None,
-    excess: Tensor | None,
-) -> None:
+) -> tuple[Tensor, Tensor | None]:
     """Launch `quantise_kernel` for keys (which have inputs of the values to fill) or for values."""
     assert described.table.shape[1:] == (len(TABLE_ROWS), 16)
-    types = {torch.float16: tl.float16, torch.float32: tl.float32}
-    quantise_kernel[(len(columns) // _TOKENS,)](
+    tokens = len(columns)
+    records = columns.new_empty(tokens // PAGE_TOKENS, described.record_bytes, dtype=torch.uint8)
+    excess = columns.new_empty(tokens, dtype=torch.float32) if operands.guarded else None
+    if not tokens:
+        return records, excess
+    quantise_kernel[(tokens // _TOKENS,)](
         columns,
         described.coded,
         described.rest,
@@ -323,10 +366,11 @@ def _quantise(
         GUARDED=operands.guarded,
         MERGE=key_excess is not None,
         TOKENS=_TOKENS,
-        TYPE=types[operands.dtype],
+        TYPE=_TYPES[operands.dtype],
         num_warps=4,
         num_stages=1,
     )
+    return records, excess
 
 
 @lru_cache(maxsize=8)
