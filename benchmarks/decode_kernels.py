@@ -92,13 +92,15 @@ def make_inputs(rows: int, tokens: int, operands: DecodeOperands, random: torch.
     def random_bytes(*size: int, low: int = 0, high: int = 256) -> Tensor:
         return torch.randint(low, high, size, dtype=torch.uint8, device="cuda", generator=random)
 
-    codes = PagedCodes(
-        random_bytes(rows, pages, operands.keys.layout.planes, 64, 16),
-        random_bytes(rows, tokens, low=116, high=140),
-        random_bytes(rows, pages, operands.values.layout.planes, 64, 16),
-        random_bytes(rows, tokens, low=116, high=140),
-        torch.full((rows,), tokens, dtype=torch.int32, device="cuda"),
-    )
+    def records(layout: PageLayout) -> Tensor:
+        made = random_bytes(rows * pages, layout.record_bytes)
+        made[:, layout.page_bytes : -16] = random_bytes(rows * pages, 64, low=116, high=140)
+        made[:, -16:-8], made[:, -8:] = 255, 0
+        return made
+
+    table = torch.arange(rows * pages, dtype=torch.int32, device="cuda").view(rows, pages)
+    lengths = torch.full((rows,), tokens, dtype=torch.int32, device="cuda")
+    codes = PagedCodes(records(operands.keys.layout), records(operands.values.layout), table, lengths)
     latents = torch.randn(rows, tokens, operands.latent_width, device="cuda", generator=random).half()
     query = torch.randn(rows, QUERY_HEADS, HEAD_DIM, device="cuda", generator=random).half()
     frequencies = 500000.0 ** (
@@ -199,10 +201,10 @@ def setting_rows(
     rows, tokens = shape
     name = f"{rows} x {tokens}"
     layouts = operands.keys.layout, operands.values.layout
-    code_bytes = sum(layout.bytes_per_token for layout in layouts)
-    token_bytes = code_bytes + 2 + 2 * (operands.latent_width + operands.next_width)
+    code_bytes = sum(layout.record_bytes for layout in layouts) / 64  # scales and attended bits included
+    token_bytes = code_bytes + 2 * (operands.latent_width + operands.next_width)
     operand_bytes = sum(t.nbytes for t in vars(operands).values() if isinstance(t, Tensor))
-    total = rows * tokens * token_bytes + operand_bytes
+    total = int(rows * tokens * token_bytes) + operand_bytes
     count = max(2, -(-ROTATED_BYTES // total))
     sets = [make_inputs(rows, tokens, operands, random) for _ in range(count)]
     scored = [scores(*s.step, scaling=SCALING) for s in sets]
@@ -223,7 +225,7 @@ def setting_rows(
         "chain": [lambda s=s: attend_codes(*s.step, scaling=SCALING) for s in sets],
     }
     result = [timing_row(c, name, setting, graph_times(f, replays)) for c, f in contestants.items()]
-    bits = (code_bytes + 2) * 8 / (2 * WIDTH)
+    bits = code_bytes * 8 / (2 * WIDTH)
     for row in result:
         row["bits_per_value"] = bits
     result[-1] |= {"floor_ms": total / bandwidth, "bytes_moved": total}  # the chain's

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aquakv.kernels import DecodeOperands, PagedCodes, PageLayout, PageRotary, pack_pages
+from aquakv.kernels import PAGE_TOKENS, DecodeOperands, PagedCodes, PageLayout, PageRotary, pack_records
 from aquakv.numerics import cubic_level_table
 
+#: Entries of a table that no kernel may follow.
+WILD = 1 << 30
 MIXED = (5, 4, 4, 3, 2, 2, 1, 1, 1, 0)
 
 
@@ -81,21 +83,28 @@ class Case:
         return PageRotary.build(self.frequencies, positions, dtype=dtype)
 
     def codes(self) -> PagedCodes:
-        pages = [
-            torch.stack([fill(pack_pages(row, layout), self.shape.pages) for row in rows])
-            for rows, layout in ((self.key_codes, self.key_layout), (self.value_codes, self.value_layout))
-        ]
-        return PagedCodes(pages[0], self.scales[0], pages[1], self.scales[1], self.lengths, self.attended)
+        """Scatter pages between records of garbage; nobody may follow the ends of the table."""
+        layouts = self.key_layout, self.value_layout
+        counts = [-(-length // PAGE_TOKENS) for length in self.shape.lengths]
+        total = sum(counts) + 2
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(1))[: sum(counts)]
+        pages = [torch.full((total, layout.record_bytes), 0xA5, dtype=torch.uint8) for layout in layouts]
+        table = torch.full((len(counts), self.shape.pages), WILD, dtype=torch.int32)
+        first = 0
+        for row, (length, count) in enumerate(zip(self.shape.lengths, counts, strict=True)):
+            own = order[first : first + count]
+            first += count
+            table[row, :count] = own
+            attended = None if self.attended is None else self.attended[row, :length]
+            for kind, codes in enumerate((self.key_codes[row], self.value_codes[row])):
+                scales = self.scales[kind, row, :length]
+                pages[kind][own] = pack_records(codes, scales, layouts[kind], attended)
+        return PagedCodes(*pages, table, self.lengths)
 
     def stored_latents(self, width: int, dtype: torch.dtype) -> Tensor | None:
         if self.latents is None:
             return None
         return torch.nn.functional.pad(self.latents, (0, width - self.shape.rank)).to(dtype)
-
-
-def fill(pages: Tensor, count: int) -> Tensor:
-    """Add pages of garbage at the end."""
-    return torch.cat([pages, pages.new_full((count - len(pages), *pages.shape[1:]), 0xA5)])
 
 
 def make_case(shape: Shape, seed: int = 0) -> Case:
@@ -140,8 +149,8 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
     latents = normal(rows, capacity, rank) if rank else None
     attended = None
     if shape.masked:
-        attended = (torch.rand(rows, capacity, generator=random) < 0.8).to(torch.uint8)
-        scales[:, attended == 0] = 255
+        attended = torch.rand(rows, capacity, generator=random) < 0.8
+        scales[:, ~attended] = 255
     for row, length in enumerate(shape.lengths):
         scales[:, row, length:] = 255
         if latents is not None:
@@ -220,7 +229,7 @@ def dense(case: Case) -> Dense:
             score = shape.softcap * (score / shape.softcap).tanh()
         keep = torch.ones(length, dtype=torch.bool)
         if case.attended is not None:
-            keep = case.attended[row, :length].bool()
+            keep = case.attended[row, :length]
         score = score.masked_fill(~keep, float("-inf"))
         all_scores.append(score)
         by_head = values.view(length, heads, dim).repeat_interleave(shape.group, 1)
@@ -234,5 +243,4 @@ def dense(case: Case) -> Dense:
 
 
 def codes_to(codes: PagedCodes, device: str) -> PagedCodes:
-    moved = {k: v.to(device) for k, v in vars(codes).items() if v is not None}
-    return replace(codes, **moved)
+    return replace(codes, **{k: v.to(device) for k, v in vars(codes).items()})

@@ -28,7 +28,7 @@ def compile_kernel(kernel, capability, arguments, constants, **options):
     for index, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name in constants else arguments[name]
         signature[name] = POINTERS.get(kind, kind)
-        if signature[name].startswith("*") or name.endswith(("page_bytes", "slots", "padded_heads")):
+        if signature[name].startswith("*") or name.endswith(("record_bytes", "slots", "padded_heads")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
@@ -40,7 +40,7 @@ def scores_arguments(rank, dim, chunks):
     pointers = {
         "query": f16,
         "pages": u8,
-        "scale_codes": u8,
+        "table": i32,
         "latents": f16 if rank else None,
         "fields": i32,
         "gains": f16,
@@ -53,10 +53,9 @@ def scores_arguments(rank, dim, chunks):
         "offset_cos": f16,
         "offset_sin": f16,
         "lengths": i32,
-        "attended": None,
         "scores": f32,
         "maxima": f32,
-        "page_bytes": "i32",
+        "record_bytes": "i32",
         "num_pages": "i32",
         "num_splits": "i32",
         "scaling": "fp32",
@@ -71,7 +70,6 @@ def scores_arguments(rank, dim, chunks):
         "RANK": rank,
         "CHUNKS": chunks,
         "ROWS": 16 * sum(chunks),
-        "MASKED": False,
         "SOFTCAP": False,
         "ASM": True,
     }
@@ -82,15 +80,17 @@ def next_latents_arguments(rank, width):
     u8, i32, f16, f32 = POINTERS
     pointers = {
         "pages": u8,
-        "scale_codes": u8,
+        "table": i32,
         "latents": f16 if rank else None,
         "fields": i32,
         "gains": f16,
         "innovation": f16,
         "transition": f16 if rank else None,
         "next_offset": f32,
+        "lengths": i32,
         "following": f16,
-        "page_bytes": "i32",
+        "record_bytes": "i32",
+        "rows": "i32",
         "num_pages": "i32",
         "num_chunks": "i32",
     }
@@ -100,11 +100,12 @@ def next_latents_arguments(rank, width):
 def sum_arguments(rank, chunks):
     u8, i32, f16, f32 = POINTERS
     pointers = {"scores": f32, "maxima": f32, "latents": f16, "lengths": i32, "sums": f32, "normalizers": f32}
+    pointers["table"] = i32
     for kind in ("key", "value"):
-        pointers |= {f"{kind}_pages": u8, f"{kind}_scales": u8, f"{kind}_fields": i32, f"{kind}_gains": f16}
+        pointers |= {f"{kind}_pages": u8, f"{kind}_fields": i32, f"{kind}_gains": f16}
     numbers = (
-        "key_page_bytes",
-        "value_page_bytes",
+        "key_record_bytes",
+        "value_record_bytes",
         "num_pages",
         "num_splits",
         "num_maxima",

@@ -1,10 +1,11 @@
 """The plain-torch definitions against attention over reconstructed keys and values."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
-from decode_cases import SHAPES, dense, make_case
+from decode_cases import SHAPES, Shape, dense, make_case
 
 from aquakv.errors import ConfigError, ShapeError
 from aquakv.kernels import attend_codes
@@ -42,6 +43,17 @@ def test_definitions_equal_reconstruction(name):
             close(own[seen], expected.next_latents[row][seen])
 
 
+def test_no_records_at_all():
+    case = make_case(Shape(lengths=(0, 0), pages=2))
+    codes = case.codes()
+    codes = replace(codes, key_pages=codes.key_pages[:0], value_pages=codes.value_pages[:0])
+    operands = case.operands(torch.float32)
+    latents = case.stored_latents(operands.latent_width, torch.float32)
+    got = attend_codes(case.query.float(), codes, latents, operands, case.rotary(torch.float32), scaling=1.0)
+    assert (got.out == 0).all()
+    assert (got.lse == float("-inf")).all()
+
+
 def step(**changes):
     case = make_case(SHAPES["plain"])
     operands = case.operands(torch.float16)
@@ -64,6 +76,13 @@ def test_wrong_shapes_are_refused():
         step(latents=torch.zeros(2, 192, 8))
     with pytest.raises(ShapeError, match="paged codes: key_pages"):
         step(codes=make_case(SHAPES["no key codes"]).codes())
+    codes = make_case(SHAPES["plain"]).codes()
+    with pytest.raises(
+        ShapeError, match=r"paged codes: table: expected contiguous int32 \[2, 3\], got int64"
+    ):
+        step(codes=replace(codes, table=codes.table.long()))
+    with pytest.raises(ShapeError, match="paged codes: value_pages"):
+        step(codes=replace(codes, value_pages=codes.value_pages[1:]))
 
 
 def test_a_backend_that_cannot_run_is_refused(monkeypatch):

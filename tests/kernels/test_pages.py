@@ -4,7 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.kernels import PageLayout, pack_pages, unpack_pages
+from aquakv.kernels import (
+    PageLayout,
+    clear_attended,
+    pack_pages,
+    pack_records,
+    record_attended,
+    record_planes,
+    record_scales,
+    unpack_pages,
+)
 
 
 def random_codes(widths, tokens, seed):
@@ -61,6 +70,37 @@ def test_the_format_is_as_documented():
     assert not pages[1, :, 6:].any()
 
 
+def test_records_are_as_documented():
+    layout = PageLayout((4, 2), (0, 0), 1)
+    codes, scales = random_codes((4, 2), 70, 0), torch.arange(100, 170, dtype=torch.uint8)
+    attended = torch.ones(70, dtype=torch.bool)
+    attended[[3, 15, 64]] = False
+    records = pack_records(codes, scales, layout, attended)
+    assert records.shape == (2, layout.record_bytes) == (2, 1024 + 80)
+    assert torch.equal(records[:, :1024].view(2, 1, 64, 16), pack_pages(codes, layout))
+    assert records[0, 1024:1088].tolist() == list(range(100, 164))
+    assert records[1, 1024:1088].tolist() == [*range(164, 170), *[0] * 58]
+    assert records[:, 1088:].tolist() == [
+        [0b11110111, 0b01111111, *[255] * 6, *[0] * 8],
+        [0b00111110, *[0] * 15],
+    ]
+    assert torch.equal(unpack_pages(record_planes(records, layout), layout, 70), codes)
+    assert torch.equal(record_scales(records).flatten()[:70], scales)
+    assert torch.equal(record_attended(records).flatten()[:70], attended)
+    assert not record_attended(records)[1, 6:].any()
+
+    whole = pack_records(codes, scales, layout)
+    assert record_attended(whole).sum() == 70
+    clear_attended(whole, torch.tensor([3, 15, 64], dtype=torch.int32))
+    assert torch.equal(whole, records)
+
+
+def test_records_without_coefficients_hold_scales_and_bits():
+    layout = PageLayout((), (), 1)
+    records = pack_records(torch.zeros(64, 0, dtype=torch.uint8), torch.full((64,), 9).byte(), layout)
+    assert records.tolist() == [[9] * 64 + [255] * 8 + [0] * 8]
+
+
 def test_two_bits_a_value_take_240_bits_a_head():
     widths = [w for w in (4, 2, 2, 2, 2, 1, 1, 1) for _ in range(16)] * 8
     layout = PageLayout(tuple(widths), tuple(h for h in range(8) for _ in range(128)), 8)
@@ -79,3 +119,11 @@ def test_wrong_layouts_and_tensors_are_refused():
         pack_pages(torch.zeros(3, 1, dtype=torch.uint8), layout)
     with pytest.raises(ShapeError, match=r"uint8 \[pages, 1, 64, 16\]"):
         unpack_pages(torch.zeros(1, 2, 64, 16, dtype=torch.uint8), layout)
+    with pytest.raises(ShapeError, match=r"scales uint8 \[3\]"):
+        pack_records(torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8), layout)
+    with pytest.raises(ShapeError, match=r"attended bool \[3\]"):
+        pack_records(
+            torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), layout, torch.zeros(3)
+        )
+    with pytest.raises(ShapeError, match=r"uint8 \[\.\.\., 1104\]"):
+        record_planes(torch.zeros(1, 1024, dtype=torch.uint8), layout)

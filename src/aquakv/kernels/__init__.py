@@ -3,7 +3,17 @@
 from aquakv.kernels.codes import PagedCodes
 from aquakv.kernels.decode import CodedAttention, attend_codes
 from aquakv.kernels.operands import DecodeOperands
-from aquakv.kernels.pages import PAGE_TOKENS, PageLayout, pack_pages, unpack_pages
+from aquakv.kernels.pages import (
+    PAGE_TOKENS,
+    PageLayout,
+    clear_attended,
+    pack_pages,
+    pack_records,
+    record_attended,
+    record_planes,
+    record_scales,
+    unpack_pages,
+)
 from aquakv.kernels.rotary import PageRotary
 
 __all__ = [
@@ -14,6 +24,11 @@ __all__ = [
     "PageRotary",
     "PagedCodes",
     "attend_codes",
+    "clear_attended",
     "pack_pages",
+    "pack_records",
+    "record_attended",
+    "record_planes",
+    "record_scales",
     "unpack_pages",
 ]

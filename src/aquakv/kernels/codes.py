@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aquakv.errors import ShapeError
 from aquakv.kernels.operands import DecodeOperands
-from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS
+from aquakv.kernels.pages import PAGE_TOKENS
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,61 +19,54 @@ class PagedCodes:
     Attributes
     ----------
     key_pages, value_pages
-        ``[rows, pages, planes, 64, 16]`` uint8, from `aquakv.kernels.pages.pack_pages`. A row's tokens fill
-        its pages from the first on.
-    key_scales, value_scales
-        ``[rows, pages * 64]`` uint8: the tokens' scale codes. Whatever lies beyond a row's length, or where
-        ``attended`` is 0, is never used.
+        ``[records, record_bytes]`` uint8, from `aquakv.kernels.pages.pack_records`, in any order.
+    table
+        ``[rows, pages]`` int32: the record, of keys and of values, that holds each page of a row. A row's
+        tokens fill its pages from the first on; entries of pages beyond a row's length may be anything.
     lengths
-        ``[rows]`` int32: tokens of each row, on the device.
-    attended
-        ``[rows, pages * 64]`` uint8 or bool: 0 for tokens that must not be attended to, such as outliers
-        that are kept exactly. None attends to all.
+        ``[rows]`` int32: tokens of each row. What a record holds beyond them is never used.
+
+    All are on one device.
     """
 
     key_pages: Tensor
-    key_scales: Tensor
     value_pages: Tensor
-    value_scales: Tensor
+    table: Tensor
     lengths: Tensor
-    attended: Tensor | None = None
 
     @property
     def rows(self) -> int:
         """Sequences."""
-        return self.key_pages.shape[0]
+        return self.table.shape[0]
 
     @property
     def pages(self) -> int:
         """Pages of every row."""
-        return self.key_pages.shape[1]
+        return self.table.shape[1]
 
     @property
     def capacity(self) -> int:
         """Tokens that fit each row's pages."""
         return self.pages * PAGE_TOKENS
 
+    def gather(self, records: Tensor) -> Tensor:
+        """Return the rows' records, ``[rows, pages, record_bytes]``; arbitrary ones beyond the lengths."""
+        pages = torch.arange(self.pages, device=self.table.device)
+        used = pages * PAGE_TOKENS < self.lengths[:, None]
+        if not len(records):
+            return records.new_zeros(self.rows, self.pages, records.shape[1])
+        return records[self.table.where(used, 0).long()]
+
     def check(self, operands: DecodeOperands) -> None:
         """Raise `ShapeError` unless the codes fit a layer's operands."""
-        rows, pages = self.rows, self.pages
-        tokens = (rows, pages * PAGE_TOKENS)
-        page = (PAGE_TOKENS, FIELD_COLUMNS)
-        bytes_only, flags = (torch.uint8,), (torch.uint8, torch.bool)
-        for name, tensor, shape, dtypes in (
-            ("key_pages", self.key_pages, (rows, pages, operands.keys.layout.planes, *page), bytes_only),
-            (
-                "value_pages",
-                self.value_pages,
-                (rows, pages, operands.values.layout.planes, *page),
-                bytes_only,
-            ),
-            ("key_scales", self.key_scales, tokens, bytes_only),
-            ("value_scales", self.value_scales, tokens, bytes_only),
-            ("lengths", self.lengths, (rows,), (torch.int32,)),
-            ("attended", self.attended, tokens, flags),
+        rows, pages, records = self.rows, self.pages, len(self.key_pages)
+        for name, tensor, shape, dtype in (
+            ("key_pages", self.key_pages, (records, operands.keys.layout.record_bytes), torch.uint8),
+            ("value_pages", self.value_pages, (records, operands.values.layout.record_bytes), torch.uint8),
+            ("table", self.table, (rows, pages), torch.int32),
+            ("lengths", self.lengths, (rows,), torch.int32),
         ):
-            if tensor is not None:
-                check_tensor(f"paged codes: {name}", tensor, shape, dtypes)
+            check_tensor(f"paged codes: {name}", tensor, shape, (dtype,))
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -1,5 +1,16 @@
 """The page format that decode kernels read: codes of 64 tokens, 16 coefficients to a field.
 
+What memory holds of a page is a *record*, one of the keys and one of the values::
+
+    uint8 [record_bytes], record_bytes = planes * 1024 + 80
+    0 ... planes * 1024 - 1   the page's byte planes
+    the next 64               the tokens' scale codes (uint8; 255: not finite)
+    the next 8                bit t, little-endian, is 1 if token t is attended to as a code
+    the next 8                zero
+
+Tokens that attention sees otherwise (outliers kept exactly) have bit 0, and so have those past the end. In
+records of values the bits are written alike but not read.
+
 A page holds the codes of `PAGE_TOKENS` = 64 neighbouring tokens as byte planes::
 
     uint8 [planes, 64 tokens, 16 columns], row-major: 1024 bytes a plane
@@ -39,6 +50,9 @@ from aquakv.numerics import cubic_levels
 PAGE_TOKENS = 64
 FIELD_COLUMNS = 16
 PLANE_BYTES = PAGE_TOKENS * FIELD_COLUMNS
+#: Bytes of a record behind the planes: scale codes, attended bits, zeros.
+TAIL_BYTES = PAGE_TOKENS + 16
+_ATTENDED = slice(-16, -8)
 MAX_WIDTH = 8
 
 
@@ -127,8 +141,13 @@ class PageLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page."""
+        """Bytes of one page's planes."""
         return self.planes * PLANE_BYTES
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one page's record: planes, scale codes and attended bits."""
+        return self.page_bytes + TAIL_BYTES
 
     def group_fields(self, group: int) -> tuple[Field, ...]:
         """Return a group's fields, widest first."""
@@ -247,3 +266,94 @@ def unpack_pages(pages: Tensor, layout: PageLayout, tokens: int | None = None) -
         columns = torch.tensor(f.coefficients, device=pages.device)
         codes.index_copy_(1, columns, stored - pages.new_tensor(raised))
     return codes[:tokens]
+
+
+def pack_records(codes: Tensor, scales: Tensor, layout: PageLayout, attended: Tensor | None = None) -> Tensor:
+    """Pack codes and scales into records.
+
+    Parameters
+    ----------
+    codes
+        As for `pack_pages`.
+    scales
+        ``[tokens]`` uint8: scale codes.
+    layout
+        Where the codes go.
+    attended
+        ``[tokens]`` bool: whether tokens are attended to as codes; None: all of them.
+
+    Returns
+    -------
+    Tensor
+        ``[pages, record_bytes]`` uint8 on the device of the codes; the last page is filled up with zeros.
+
+    Raises
+    ------
+    ShapeError
+        If a tensor is of another shape or dtype.
+    """
+    pages = pack_pages(codes, layout)
+    tokens = len(codes)
+    if attended is None:
+        attended = torch.ones(tokens, dtype=torch.bool, device=codes.device)
+    for name, tensor, dtype in (("scales", scales, torch.uint8), ("attended", attended, torch.bool)):
+        if tuple(tensor.shape) != (tokens,) or tensor.dtype != dtype:
+            raise ShapeError(
+                f"records: expected {name} {str(dtype).removeprefix('torch.')} [{tokens}], got "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+    records = codes.new_zeros(len(pages), layout.record_bytes)
+    records[:, : layout.page_bytes] = pages.flatten(1)
+    missing = len(pages) * PAGE_TOKENS - tokens
+    filled = torch.nn.functional.pad(scales, (0, missing))
+    records[:, layout.page_bytes : layout.page_bytes + PAGE_TOKENS] = filled.view(-1, PAGE_TOKENS)
+    bits = torch.nn.functional.pad(attended, (0, missing)).view(-1, PAGE_TOKENS // 8, 8)
+    records[:, _ATTENDED] = (bits * _bit_values(codes.device)).sum(-1, dtype=torch.uint8)
+    return records
+
+
+def record_planes(records: Tensor, layout: PageLayout) -> Tensor:
+    """Return a view of the byte planes of records ``[..., record_bytes]``: ``[..., planes, 64, 16]``.
+
+    Raises
+    ------
+    ShapeError
+        If the records are not of this layout.
+    """
+    if records.shape[-1] != layout.record_bytes or records.dtype != torch.uint8:
+        raise ShapeError(
+            f"records: expected uint8 [..., {layout.record_bytes}], got {records.dtype} {list(records.shape)}"
+        )
+    return records[..., : layout.page_bytes].unflatten(-1, (layout.planes, PAGE_TOKENS, FIELD_COLUMNS))
+
+
+def record_scales(records: Tensor) -> Tensor:
+    """Return a view of the scale codes of records ``[..., record_bytes]``: ``[..., 64]`` uint8."""
+    return records[..., -TAIL_BYTES : PAGE_TOKENS - TAIL_BYTES]
+
+
+def record_attended(records: Tensor) -> Tensor:
+    """Return which tokens of records ``[..., record_bytes]`` are attended to as codes, ``[..., 64]`` bool."""
+    return (records[..., _ATTENDED, None] & _bit_values(records.device)).ne(0).flatten(-2)
+
+
+def clear_attended(records: Tensor, tokens: Tensor) -> None:
+    """Let attention pass over tokens, in place.
+
+    Parameters
+    ----------
+    records
+        ``[pages, record_bytes]`` uint8.
+    tokens
+        Distinct tokens, ``page * 64 + number in the page``, any integer dtype, on the same device.
+    """
+    attended = record_attended(records).flatten()
+    attended[tokens.long()] = False
+    bits = attended.view(-1, PAGE_TOKENS // 8, 8)
+    records[:, _ATTENDED] = (bits * _bit_values(records.device)).sum(-1, dtype=torch.uint8)
+
+
+def _bit_values(device: torch.device) -> Tensor:
+    return torch.ones(8, dtype=torch.uint8, device=device) << torch.arange(
+        8, dtype=torch.uint8, device=device
+    )

@@ -37,6 +37,19 @@ def half_of(bits):
 
 
 @triton.jit
+def record_scales(record, record_bytes, tokens):
+    """Load the scale codes, uint8, of tokens of the record at ``record``."""
+    return tl.load(record + (record_bytes - 80) + tokens)
+
+
+@triton.jit
+def record_attended(record, record_bytes, tokens):
+    """Return whether tokens of the record at ``record`` are attended to as codes."""
+    bits = tl.load(record + (record_bytes - 16) + tokens // 8).to(tl.int32)
+    return (bits >> (tokens % 8)) & 1 != 0
+
+
+@triton.jit
 def token_scale(codes):
     """Return the scales, float32, of uint8 scale codes."""
     scale = tl.exp2((codes.to(tl.float32) - 128.0) * 0.0625)

@@ -80,20 +80,7 @@ def scores(
             f"{operands.head_dim}], got {list(query.shape)}"
         )
     if chosen == "torch":
-        return Scores(
-            *reference.scores(
-                query,
-                codes.key_pages,
-                codes.key_scales,
-                latents,
-                operands,
-                rotary,
-                codes.lengths,
-                codes.attended,
-                scaling,
-                softcap,
-            )
-        )
+        return Scores(*reference.scores(query, codes, latents, operands, rotary, scaling, softcap))
     from aquakv.kernels.scores import triton
 
     splits = splits_for(query.device, rows * operands.num_kv_heads, codes.pages, 2)
@@ -127,10 +114,10 @@ def next_latents(
     if not operands.next_width:
         raise ShapeError("next latents: expected operands with an innovation, got none (the last layer?)")
     if chosen == "torch":
-        return reference.next_latents(codes.key_pages, codes.key_scales, latents, operands)
+        return reference.next_latents(codes, latents, operands)
     from aquakv.kernels.scores import triton
 
-    return triton.next_latents(codes.key_pages, codes.key_scales, latents, operands)
+    return triton.next_latents(codes, latents, operands)
 
 
 def _check_latents(latents: Tensor | None, codes: PagedCodes, operands: DecodeOperands) -> None:

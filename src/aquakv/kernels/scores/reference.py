@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aquakv.kernels.codes import PagedCodes
 from aquakv.kernels.operands import (
     CodeTables,
     DecodeOperands,
@@ -12,7 +13,14 @@ from aquakv.kernels.operands import (
     rotary_order,
     slot_coefficients,
 )
-from aquakv.kernels.pages import PAGE_TOKENS, level_slopes, unpack_pages
+from aquakv.kernels.pages import (
+    PAGE_TOKENS,
+    level_slopes,
+    record_attended,
+    record_planes,
+    record_scales,
+    unpack_pages,
+)
 from aquakv.kernels.rotary import PageRotary
 
 
@@ -22,23 +30,23 @@ def token_scales(scale_codes: Tensor) -> Tensor:
     return scales.masked_fill(scale_codes == 255, float("nan"))
 
 
-def code_levels(pages: Tensor, tables: CodeTables) -> Tensor:
+def code_levels(records: Tensor, tables: CodeTables) -> Tensor:
     """Return ``x * (1 + gain * x**2)`` of every coefficient, ``[rows, tokens, coefficients]`` float32.
 
     Parameters
     ----------
-    pages
-        ``[rows, pages, planes, 64, 16]`` uint8.
+    records
+        ``[rows, pages, record_bytes]`` uint8.
     tables
         Their layout.
     """
     layout = tables.layout
-    rows, num_pages = pages.shape[:2]
-    codes = unpack_pages(pages.flatten(0, 1), layout)
+    rows, num_pages = records.shape[:2]
+    codes = unpack_pages(record_planes(records, layout).flatten(0, 1), layout)
     codes = codes.view(rows, num_pages * PAGE_TOKENS, layout.coefficients)
-    widths = torch.tensor(layout.widths, dtype=torch.int64, device=pages.device)
+    widths = torch.tensor(layout.widths, dtype=torch.int64, device=records.device)
     x = codes.float() - ((1 << widths) - 1) / 2
-    return x * (1 + level_slopes(layout)[1].float().to(pages.device) * x.square())
+    return x * (1 + level_slopes(layout)[1].float().to(records.device) * x.square())
 
 
 def gather_slots(levels: Tensor, slots: Tensor) -> Tensor:
@@ -49,20 +57,19 @@ def gather_slots(levels: Tensor, slots: Tensor) -> Tensor:
 
 def scores(
     query: Tensor,
-    pages: Tensor,
-    scale_codes: Tensor,
+    codes: PagedCodes,
     latents: Tensor | None,
     operands: DecodeOperands,
     rotary: PageRotary,
-    lengths: Tensor,
-    attended: Tensor | None,
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return scores and their maxima; see `aquakv.kernels.scores.scores`."""
     heads, dim, half = operands.num_kv_heads, operands.head_dim, operands.head_dim // 2
-    rows, capacity = scale_codes.shape
-    levels = code_levels(pages, operands.keys) * token_scales(scale_codes)[..., None]
+    rows, capacity = codes.rows, codes.capacity
+    records = codes.gather(codes.key_pages)
+    scale_codes = record_scales(records).flatten(1)
+    levels = code_levels(records, operands.keys) * token_scales(scale_codes)[..., None]
     layout = operands.keys.layout
     sizes = chunk_sizes(layout.max_group_fields)
     keys = []
@@ -81,9 +88,8 @@ def scores(
     result = torch.einsum("rhgd,rthd->rhgt", grouped, rotated).reshape(rows, -1, capacity) * scaling
     if softcap is not None:
         result = softcap * (result / softcap).tanh()
-    keep = torch.arange(capacity, device=query.device) < lengths[:, None]
-    if attended is not None:
-        keep = keep & attended.bool()
+    keep = torch.arange(capacity, device=query.device) < codes.lengths[:, None]
+    keep = keep & record_attended(records).flatten(1)
     result = result.masked_fill(~keep[:, None], float("-inf"))
     return result, result.amax(-1, keepdim=True)
 
@@ -100,14 +106,15 @@ def position_tables(rotary: PageRotary, pairs: int) -> tuple[Tensor, Tensor]:
     return out_cos, out_sin
 
 
-def next_latents(
-    pages: Tensor, scale_codes: Tensor, latents: Tensor | None, operands: DecodeOperands
-) -> Tensor:
+def next_latents(codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands) -> Tensor:
     """Return the next layer's latents; see `aquakv.kernels.scores.next_latents`."""
     if operands.innovation is None or operands.next_offset is None:
         raise ValueError("next latents: the operands have no innovation")
-    levels = gather_slots(code_levels(pages, operands.keys), operands.keys.slots)
-    following = token_scales(scale_codes)[..., None] * (levels @ operands.innovation.float())
+    records = codes.gather(codes.key_pages)
+    levels = gather_slots(code_levels(records, operands.keys), operands.keys.slots)
+    following = token_scales(record_scales(records).flatten(1))[..., None] * (
+        levels @ operands.innovation.float()
+    )
     following = following + operands.next_offset
     if operands.transition is not None and latents is not None:
         following = following + latents.float() @ operands.transition.float()

@@ -20,7 +20,14 @@ from aquakv.kernels.launch import pipeline_stages
 from aquakv.kernels.operands import DecodeOperands, chunk_sizes
 from aquakv.kernels.pages import PAGE_TOKENS
 from aquakv.kernels.rotary import PageRotary
-from aquakv.kernels.triton_codes import chunk_levels, field_bytes, field_words, token_scale
+from aquakv.kernels.triton_codes import (
+    chunk_levels,
+    field_bytes,
+    field_words,
+    record_attended,
+    record_scales,
+    token_scale,
+)
 
 
 @triton.jit
@@ -44,7 +51,7 @@ def query_half(query, columns, heads, keep, SECOND: tl.constexpr, DIM: tl.conste
 def scores_kernel(
     query,
     pages,
-    scale_codes,
+    table,
     latents,
     fields,
     gains,
@@ -57,10 +64,9 @@ def scores_kernel(
     offset_cos,
     offset_sin,
     lengths,
-    attended,
     scores,
     maxima,
-    page_bytes,
+    record_bytes,
     num_pages,
     num_splits,
     scaling,
@@ -73,7 +79,6 @@ def scores_kernel(
     RANK: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -121,8 +126,9 @@ def scores_kernel(
     places, halves = field_words(fields, first_field, FIELDS)
     for page in range(begin, (split + 1) * used // num_splits):
         number = row * num_pages + page
-        raw = field_bytes(pages + number.to(tl.int64) * page_bytes, cells, places, FIELDS)
-        scale = token_scale(tl.load(scale_codes + number * 64 + tokens)).to(tl.float16)[:, None]
+        record = pages + tl.load(table + number).to(tl.int64) * record_bytes
+        raw = field_bytes(record, cells, places, FIELDS)
+        scale = token_scale(record_scales(record, record_bytes, tokens)).to(tl.float16)[:, None]
         first = tl.zeros((64, HALF), tl.float32) + offset_lower[None, :]
         second = tl.zeros((64, HALF), tl.float32) + offset_upper[None, :]
         if RANK:
@@ -151,9 +157,7 @@ def scores_kernel(
         score = tl.dot(rotated_upper, back_upper, score) * scaling
         if SOFTCAP:
             score = softcap * _tanh(score / softcap)
-        keep = page * 64 + tokens < length
-        if MASKED:
-            keep = keep & (tl.load(attended + number * 64 + tokens) != 0)
+        keep = (page * 64 + tokens < length) & record_attended(record, record_bytes, tokens)
         score = tl.where(keep[:, None], score, float("-inf"))
         tl.store(out + page * 64, score, mask=keep_member[None, :])
         largest = tl.maximum(largest, score)
@@ -164,18 +168,20 @@ def scores_kernel(
         tl.store(out + page * 64, nothing, mask=keep_member[None, :])
 
 
-@triton.jit(do_not_specialize=["num_pages"])
+@triton.jit(do_not_specialize=["rows", "num_pages"])
 def next_latents_kernel(
     pages,
-    scale_codes,
+    table,
     latents,
     fields,
     gains,
     innovation,
     transition,
     next_offset,
+    lengths,
     following,
-    page_bytes,
+    record_bytes,
+    rows,
     num_pages,
     num_chunks,
     RANK: tl.constexpr,
@@ -189,10 +195,13 @@ def next_latents_kernel(
     columns = tl.arange(0, 16)
     widths = tl.arange(0, WIDTH)
     page = tl.program_id(0) * PAGES + tokens // 64
-    present = page < num_pages
-    page = tl.minimum(page, num_pages - 1).to(tl.int64)
-    cells = (page * page_bytes + tokens % 64 * 16)[:, None] + columns[None, :]
-    token = page * 64 + tokens % 64
+    row = page // num_pages
+    length = tl.load(lengths + row, mask=row < rows, other=0)
+    present = page % num_pages * 64 < length
+    # Pages that no token fills have no record; any will do in its place, nothing is stored.
+    record = tl.load(table + page, mask=present, other=0).to(tl.int64) * record_bytes
+    cells = (record + tokens % 64 * 16)[:, None] + columns[None, :]
+    token = page.to(tl.int64) * 64 + tokens % 64
     block = innovation + tl.arange(0, 64)[:, None] * WIDTH + widths[None, :]
     total = tl.zeros((TOKENS, WIDTH), tl.float32)
     if num_chunks > 0:
@@ -202,12 +211,11 @@ def next_latents_kernel(
             levels = chunk_levels(raw, places, halves, gains + chunk * 64, 1.0, 0, 4, False, ASM)
             places, halves = field_words(fields, chunk * 4 + 4, 4)
             total = tl.dot(levels, tl.load(block + chunk * (64 * WIDTH)), total)
-    total = (
-        total * token_scale(tl.load(scale_codes + token))[:, None] + tl.load(next_offset + widths)[None, :]
-    )
+    scale = token_scale(record_scales(pages + record, record_bytes, tokens % 64))
+    total = total * scale[:, None] + tl.load(next_offset + widths)[None, :]
     if RANK:
         ranks = tl.arange(0, RANK)
-        latent = tl.load(latents + token[:, None] * RANK + ranks[None, :])
+        latent = tl.load(latents + token[:, None] * RANK + ranks[None, :], mask=present[:, None], other=0.0)
         total = tl.dot(latent, tl.load(transition + ranks[:, None] * WIDTH + widths[None, :]), total)
     place = following + token[:, None] * WIDTH + widths[None, :]
     tl.store(place, total.to(tl.float16), mask=present[:, None])
@@ -226,14 +234,13 @@ def scores(
     """Launch `scores_kernel`; see `aquakv.kernels.scores.scores`."""
     rows, query_heads, dim = query.shape
     heads, num_pages = operands.num_kv_heads, codes.pages
-    attended = None if codes.attended is None else codes.attended.view(torch.uint8)
     group = query_heads // heads
     out = query.new_empty(rows, query_heads, num_pages * PAGE_TOKENS, dtype=torch.float32)
     maxima = query.new_empty(rows, query_heads, num_splits, dtype=torch.float32)
     scores_kernel[(heads * num_splits, rows)](
         query,
         codes.key_pages,
-        codes.key_scales,
+        codes.table,
         latents,
         operands.keys.fields,
         operands.keys.gains,
@@ -246,10 +253,9 @@ def scores(
         rotary.offset_cos,
         rotary.offset_sin,
         codes.lengths,
-        attended,
         out,
         maxima,
-        operands.keys.layout.page_bytes,
+        operands.keys.layout.record_bytes,
         num_pages,
         num_splits,
         scaling,
@@ -262,7 +268,6 @@ def scores(
         RANK=operands.latent_width,
         CHUNKS=chunk_sizes(operands.keys.layout.max_group_fields),
         ROWS=operands.score_synthesis.shape[1],
-        MASKED=attended is not None,
         SOFTCAP=softcap is not None,
         ASM=not interpreted(),
         num_warps=4 if dim < 256 else 8,
@@ -271,26 +276,27 @@ def scores(
     return out, maxima
 
 
-def next_latents(
-    pages: Tensor, scale_codes: Tensor, latents: Tensor | None, operands: DecodeOperands
-) -> Tensor:
+def next_latents(codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands) -> Tensor:
     """Launch `next_latents_kernel`; see `aquakv.kernels.scores.next_latents`."""
-    rows, num_pages = pages.shape[:2]
-    width = operands.next_width
-    following = pages.new_empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16)
+    rows, num_pages, width = codes.rows, codes.pages, operands.next_width
+    following = codes.key_pages.new_empty(rows, codes.capacity, width, dtype=torch.float16)
+    if not len(codes.key_pages):
+        return following
     pages_per_block = 2
     next_latents_kernel[(triton.cdiv(rows * num_pages, pages_per_block),)](
-        pages,
-        scale_codes,
+        codes.key_pages,
+        codes.table,
         latents,
         operands.keys.fields,
         operands.keys.gains,
         operands.innovation,
         operands.transition,
         operands.next_offset,
+        codes.lengths,
         following,
-        operands.keys.layout.page_bytes,
-        rows * num_pages,
+        operands.keys.layout.record_bytes,
+        rows,
+        num_pages,
         operands.keys.chunks,
         RANK=operands.latent_width,
         WIDTH=width,

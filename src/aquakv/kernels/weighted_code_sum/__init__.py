@@ -64,18 +64,7 @@ def weighted_code_sum(
     chosen = resolve_backend(backend, scored.scores)
     codes.check(operands)
     if chosen == "torch":
-        return CodeSums(
-            *reference.weighted_code_sum(
-                scored.scores,
-                scored.maxima,
-                codes.key_pages,
-                codes.key_scales,
-                codes.value_pages,
-                codes.value_scales,
-                latents,
-                operands,
-            )
-        )
+        return CodeSums(*reference.weighted_code_sum(scored.scores, scored.maxima, codes, latents, operands))
     from aquakv.kernels.weighted_code_sum import triton
 
     _, key_slabs, value_slabs = triton.slabs(operands.keys.chunks, operands.values.chunks)

@@ -16,7 +16,13 @@ from torch import Tensor
 from aquakv.kernels.backend import interpreted
 from aquakv.kernels.codes import PagedCodes
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands
-from aquakv.kernels.triton_codes import chunk_levels, field_bytes, field_words, token_scale
+from aquakv.kernels.triton_codes import (
+    chunk_levels,
+    field_bytes,
+    field_words,
+    record_scales,
+    token_scale,
+)
 
 #: Chunks of 64 coefficients that one program sums: as many as accumulators fit registers.
 MAX_CHUNKS = 4
@@ -40,19 +46,18 @@ def weighted_code_sum_kernel(
     scores,
     maxima,
     key_pages,
-    key_scales,
     key_fields,
     key_gains,
     value_pages,
-    value_scales,
     value_fields,
     value_gains,
+    table,
     latents,
     lengths,
     sums,
     normalizers,
-    key_page_bytes,
-    value_page_bytes,
+    key_record_bytes,
+    value_record_bytes,
     num_pages,
     num_splits,
     num_maxima,
@@ -96,19 +101,17 @@ def weighted_code_sum_kernel(
     if slab < code_slabs:
         if slab < key_slabs:
             pages = key_pages
-            scales = key_scales
             fields = key_fields
             gains = key_gains
-            page_bytes = key_page_bytes
+            record_bytes = key_record_bytes
             first = slab * CHUNKS
             count = key_chunks - first
             slot = first * 64
         else:
             pages = value_pages
-            scales = value_scales
             fields = value_fields
             gains = value_gains
-            page_bytes = value_page_bytes
+            record_bytes = value_record_bytes
             first = (slab - key_slabs) * CHUNKS
             count = value_chunks - first
             slot = (key_chunks + first) * 64
@@ -119,9 +122,9 @@ def weighted_code_sum_kernel(
         places, halves = field_words(fields, first * 4, CHUNKS * 4)
         gains += first * 64
         for page in range(begin, end):
-            number = row * num_pages + page
-            raw = field_bytes(pages + number.to(tl.int64) * page_bytes, cells, places, CHUNKS * 4)
-            scale = token_scale(tl.load(scales + number * 64 + tokens))
+            record = pages + tl.load(table + row * num_pages + page).to(tl.int64) * record_bytes
+            raw = field_bytes(record, cells, places, CHUNKS * 4)
+            scale = token_scale(record_scales(record, record_bytes, tokens))
             weight = page_weights(scores, largest, keep_head, capacity, page)
             # A token that is not attended to may have no scale: nothing times nothing must be nothing.
             weight = tl.where(weight > 0.0, weight * scale[None, :], 0.0)
@@ -174,19 +177,18 @@ def weighted_code_sum(
         scores,
         maxima,
         codes.key_pages,
-        codes.key_scales,
         keys.fields,
         keys.gains,
         codes.value_pages,
-        codes.value_scales,
         values.fields,
         values.gains,
+        codes.table,
         latents,
         codes.lengths,
         sums,
         normalizers,
-        keys.layout.page_bytes,
-        values.layout.page_bytes,
+        keys.layout.record_bytes,
+        values.layout.record_bytes,
         codes.pages,
         num_splits,
         maxima.shape[2],
