@@ -17,7 +17,7 @@ from aquakv.codec import (
     TensorCodec,
 )
 from aquakv.config import PredictorConfig
-from aquakv.kernels import unpack_pages
+from aquakv.kernels import record_attended, record_planes, record_scales, unpack_pages
 from aquakv.numerics import packed_words, symmetric_root, unpack, weighted_klt
 
 #: Counts of coefficients by falling width, whole bytes for each.
@@ -140,9 +140,7 @@ def tokens_of(layer, tokens, random, spread=1.0):
 
 
 def record_parts(records, layout):
-    """Return codes, scale codes and attended bits of records."""
-    planes = records[:, : layout.page_bytes].reshape(len(records), layout.planes, 64, 16)
-    tail = records[:, layout.page_bytes :]
-    assert tail.shape[1] == 80
-    assert not tail[:, 72:].any()
-    return unpack_pages(planes, layout), tail[:, :64].flatten(), tail[:, 64:72]
+    """Return codes, scale codes and which tokens are attended to of records."""
+    assert not records[:, -8:].any()
+    codes = unpack_pages(record_planes(records, layout), layout)
+    return codes, record_scales(records).flatten(), record_attended(records).flatten()

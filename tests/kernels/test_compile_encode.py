@@ -75,6 +75,7 @@ def quantise(keys):
         "MERGE": not keys,
         "TOKENS": 32,
         "TYPE": tl.float16,
+        "TAIL": 80,
     }
     return arguments, constants, numbers
 
@@ -84,14 +85,14 @@ def keys(dim, rank, kind):
         u8="pages", fp16="latents", i32="fields first_fields", fp32="gains scales offset"
     ) | pointers(**{kind: "synthesis latent_map keys inputs"})
     numbers = ("record_bytes", "row_inputs", "columns")
-    constants = {"HEADS": 8, "DIM": dim, "RANK": rank, "PREDICTS": True, "WIDE": False}
+    constants = {"HEADS": 8, "DIM": dim, "RANK": rank, "PREDICTS": True, "WIDE": False, "TAIL": 80}
     return arguments | dict.fromkeys(numbers, "i32"), constants, numbers
 
 
 def levels():
     arguments = pointers(u8="pages", i32="fields", fp32="gains scales", bf16="inputs")
     numbers = ("record_bytes", "row_inputs", "column")
-    return arguments | dict.fromkeys((*numbers, "num_fields"), "i32"), {"FIELDS": 8}, numbers
+    return arguments | dict.fromkeys((*numbers, "num_fields"), "i32"), {"FIELDS": 8, "TAIL": 80}, numbers
 
 
 def grid(width, dim):

@@ -84,7 +84,7 @@ def test_no_tokens_give_no_pages():
     operands = encode_operands(layer, following).to(DEVICE)
     nothing = torch.zeros(0, 128, device=DEVICE)
     got = encode(nothing, nothing, torch.zeros(0, 16, device=DEVICE), operands, backend="triton")
-    assert got.key_pages.shape == (0, operands.keys.record_bytes)
+    assert got.key_pages.shape == (0, operands.keys.layout.record_bytes)
     assert got.next_latents.shape == (0, 32)
     assert got.excess.shape == (0,)
 

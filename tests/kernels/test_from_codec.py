@@ -7,7 +7,7 @@ import torch
 from codec_cases import LAYERS, history_of, plain_codes, random_layers
 
 from aquakv.errors import ConfigError
-from aquakv.kernels import PagedCodes, PageRotary, attend_codes, pack_pages
+from aquakv.kernels import PagedCodes, PageRotary, attend_codes, pack_records
 from aquakv.kernels.from_codec import coefficient_heads, decode_operands
 from tiny_models import codec_for, variant
 
@@ -31,13 +31,15 @@ def test_decoding_with_folded_operands_attends_to_what_the_codec_reconstructs(na
     def scales(encoded):
         return encoded.scales[:, 0] if encoded.scales.shape[1] else encoded.scales.new_full((tokens,), 128)
 
-    packed = PagedCodes(
-        pack_pages(plain_codes(layer.keys.quantizer, codes.keys.words), operands.keys.layout)[None],
-        scales(codes.keys)[None],
-        pack_pages(plain_codes(layer.values.quantizer, codes.values.words), operands.values.layout)[None],
-        scales(codes.values)[None],
-        torch.tensor([tokens], dtype=torch.int32),
-    )
+    pages = [
+        pack_records(plain_codes(codec.quantizer, encoded.words), scales(encoded), tables.layout)
+        for codec, encoded, tables in (
+            (layer.keys, codes.keys, operands.keys),
+            (layer.values, codes.values, operands.values),
+        )
+    ]
+    table = torch.arange(2, dtype=torch.int32)[None]
+    packed = PagedCodes(*pages, table, torch.tensor([tokens], dtype=torch.int32))
     latents = None
     if latent is not None:
         latents = torch.nn.functional.pad(latent, (0, operands.latent_width - shape.rank))[None]

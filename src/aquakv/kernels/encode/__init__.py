@@ -13,7 +13,7 @@ from aquakv.kernels.encode import reference
 from aquakv.kernels.encode.operands import CodeColumns, EncodeOperands, Guard
 from aquakv.kernels.pages import PAGE_TOKENS
 
-__all__ = ["CodeColumns", "EncodeOperands", "EncodedPages", "Guard", "encode", "keep_exact"]
+__all__ = ["CodeColumns", "EncodeOperands", "EncodedPages", "Guard", "encode"]
 
 
 class EncodedPages(NamedTuple):
@@ -22,8 +22,8 @@ class EncodedPages(NamedTuple):
     Attributes
     ----------
     key_pages, value_pages
-        ``[tokens / 64, record_bytes]`` uint8: planes, scale codes, one bit a token that says that it is
-        attended to as a code (all are; see `keep_exact`), eight bytes of zero.
+        ``[tokens / 64, record_bytes]`` uint8: records (`aquakv.kernels.pages`) whose tokens are all attended
+        to as codes; `aquakv.kernels.pages.clear_attended` takes outliers out.
     next_latents
         ``[tokens, next_width]`` in the operands' dtype; None at the last layer.
     excess
@@ -84,24 +84,6 @@ def encode(
 
     latents = None if latents is None else latents.contiguous()
     return EncodedPages(*triton.encode(keys.contiguous(), values.contiguous(), latents, operands))
-
-
-def keep_exact(encoded: EncodedPages, tokens: Tensor) -> None:
-    """Clear the bits of tokens that attention sees exactly, in place, in the records of keys and values.
-
-    Parameters
-    ----------
-    encoded
-        From `encode`.
-    tokens
-        ``[n]`` int64: their numbers in the block, as from `aquakv.codec.guard.choose_outliers`.
-    """
-    pages = encoded.key_pages.shape[0]
-    attended = torch.ones(pages * PAGE_TOKENS, dtype=torch.uint8, device=tokens.device)
-    attended[tokens] = 0
-    bits = (attended.view(pages, -1, 8) << torch.arange(8, device=tokens.device)).sum(-1).to(torch.uint8)
-    for records in encoded[:2]:
-        records[:, -16:-8] = bits
 
 
 def _check(keys: Tensor, values: Tensor, latents: Tensor | None, operands: EncodeOperands) -> None:

@@ -87,11 +87,6 @@ class CodeColumns:
         """Columns of all groups."""
         return len(self.coded)
 
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of a page's record: planes, scale codes, attended bits, eight zeros."""
-        return self.layout.page_bytes + 80
-
     def to(self, device: torch.device | str) -> CodeColumns:
         """Return the tables on another device."""
         return _to(self, device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aquakv.codec.scalar import CODE_OF_ONE, NOT_FINITE, SCALES, scale_codes
 from aquakv.kernels.encode.operands import TABLE_ROWS, CodeColumns, EncodeOperands
-from aquakv.kernels.pages import PAGE_TOKENS, pack_pages
+from aquakv.kernels.pages import pack_records
 from aquakv.numerics import nearest_cubic_level
 
 
@@ -56,8 +56,8 @@ def encode(
             following = following + carried.float() @ operands.transition.float()
         following = following.to(dtype)
     return (
-        records(found, operands.keys),
-        records(value_found, operands.values),
+        pack_records(found.codes, found.scales, operands.keys.layout),
+        pack_records(value_found.codes, value_found.scales, operands.values.layout),
         following,
         torch.maximum(found.excess, value_found.excess) if operands.guarded else None,
     )
@@ -117,16 +117,6 @@ def quantise(columns: Tensor, described: CodeColumns) -> Quantised:
     excess = (error * table["weight"]).square().sum(1)
     excess = excess + (columns.float() * described.rest).square().sum(1)
     return Quantised(codes, scales[:, 0], levels, excess)
-
-
-def records(found: Quantised, described: CodeColumns) -> Tensor:
-    """Lay codes and scale codes down in the records of their pages."""
-    pages = len(found.codes) // PAGE_TOKENS
-    planes = pack_pages(found.codes, described.layout).view(pages, described.layout.page_bytes)
-    tail = planes.new_zeros(pages, PAGE_TOKENS + 16)
-    tail[:, :PAGE_TOKENS] = found.scales.view(pages, PAGE_TOKENS)
-    tail[:, PAGE_TOKENS : PAGE_TOKENS + 8] = 255
-    return torch.cat([planes, tail], 1)
 
 
 def _by_plane(described: CodeColumns):

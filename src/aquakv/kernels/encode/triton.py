@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aquakv.codec.scalar import SCALES
 from aquakv.kernels.encode.operands import BLOCK_COLUMNS, TABLE_ROWS, CodeColumns, EncodeOperands
-from aquakv.kernels.pages import PAGE_TOKENS
+from aquakv.kernels.pages import PAGE_TOKENS, TAIL_BYTES
 
 #: Tokens of a program that quantises: a part of a page, so that there are programs enough.
 _TOKENS = 32
@@ -118,6 +118,7 @@ def quantise_kernel(
     MERGE: tl.constexpr,
     TOKENS: tl.constexpr,
     TYPE: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Scale, quantise and pack TOKENS tokens; also their levels, the next latents and the errors.
 
@@ -153,7 +154,7 @@ def quantise_kernel(
     page = first // 64
     within = first % 64 + own
     record = records + page.to(tl.int64) * record_bytes
-    tail = record + (record_bytes - 80)
+    tail = record + (record_bytes - TAIL)
     tl.store(tail + within, code.to(tl.uint8))
     flags = tl.arange(0, 16)
     tl.store(
@@ -335,7 +336,7 @@ def _quantise(
     """Launch `quantise_kernel` for keys (which have inputs of the values to fill) or for values."""
     assert described.table.shape[1:] == (len(TABLE_ROWS), 16)
     tokens = len(columns)
-    records = columns.new_empty(tokens // PAGE_TOKENS, described.record_bytes, dtype=torch.uint8)
+    records = columns.new_empty(tokens // PAGE_TOKENS, described.layout.record_bytes, dtype=torch.uint8)
     excess = columns.new_empty(tokens, dtype=torch.float32) if operands.guarded else None
     if not tokens:
         return records, excess
@@ -359,7 +360,7 @@ def _quantise(
         len(described.fields),
         columns.shape[1],
         0 if inputs is None else inputs.shape[1],
-        described.record_bytes,
+        described.layout.record_bytes,
         RANK=operands.latent_width if following is not None else 0,
         WIDTH=0 if following is None else operands.next_width,
         STORE_LEVELS=inputs is not None and operands.predicts_values,
@@ -367,6 +368,7 @@ def _quantise(
         MERGE=key_excess is not None,
         TOKENS=_TOKENS,
         TYPE=_TYPES[operands.dtype],
+        TAIL=TAIL_BYTES,
         num_warps=4,
         num_stages=1,
     )

@@ -74,7 +74,9 @@ def reconstruct(
     chosen = resolve_backend(backend, key_pages)
     pages = key_pages.shape[0]
     for name, records, tables in (("key", key_pages, operands.keys), ("value", value_pages, operands.values)):
-        check_tensor(f"reconstruct: {name}_pages", records, (pages, tables.record_bytes), (torch.uint8,))
+        check_tensor(
+            f"reconstruct: {name}_pages", records, (pages, tables.layout.record_bytes), (torch.uint8,)
+        )
     width = operands.latent_width
     if (latents is None) != (width == 0):
         raise ShapeError(f"reconstruct: expected {'some' if width else 'no'} latents at this layer")

@@ -61,11 +61,6 @@ class FieldTables:
             index,
         )
 
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of a page's record."""
-        return self.layout.page_bytes + 80
-
     def to(self, device: torch.device | str) -> FieldTables:
         """Return the tables on another device."""
         return _to(self, device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aquakv.codec.scalar import SCALES
-from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, unpack_pages
+from aquakv.kernels.pages import FIELD_COLUMNS, record_planes, record_scales, unpack_pages
 from aquakv.kernels.reconstruct.operands import FieldTables, ReconstructOperands
 
 
@@ -44,10 +44,9 @@ def reconstruct(
 
 def scaled_levels(records: Tensor, tables: FieldTables, dtype: torch.dtype) -> Tensor:
     """Return levels times scales, ``[tokens, columns]`` in ``dtype``; 0 in columns without a coefficient."""
-    layout, pages = tables.layout, len(records)
-    planes = records[:, : layout.page_bytes].reshape(pages, layout.planes, PAGE_TOKENS, FIELD_COLUMNS)
-    scales = SCALES.to(records.device)[records[:, -80:-16].long()].flatten()
+    layout = tables.layout
+    scales = SCALES.to(records.device)[record_scales(records).long()].flatten()
     widths = torch.tensor(layout.widths, dtype=torch.int64, device=records.device)
-    x = unpack_pages(planes, layout).float() - ((1 << widths) - 1) / 2
+    x = unpack_pages(record_planes(records, layout), layout).float() - ((1 << widths) - 1) / 2
     x = torch.cat([x, x.new_zeros(len(x), 1)], 1)[:, tables.slots]
     return (x * (1 + tables.gains.flatten() * x.square()) * scales[:, None]).to(dtype)

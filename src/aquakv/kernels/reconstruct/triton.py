@@ -19,7 +19,7 @@ from torch import Tensor
 from aquakv.codec import GridQuantizer
 from aquakv.codec.scalar import SCALES
 from aquakv.kernels.backend import interpreted
-from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS
+from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, TAIL_BYTES
 from aquakv.kernels.reconstruct.operands import FieldTables, ReconstructOperands
 
 #: Fields that a program of `levels_kernel` unpacks.
@@ -71,6 +71,7 @@ def keys_kernel(
     RANK: tl.constexpr,
     PREDICTS: tl.constexpr,
     WIDE: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Reconstruct one head's keys of one page; lay its scaled levels and latents down for the values."""
     TYPE: tl.constexpr = synthesis.dtype.element_ty
@@ -83,7 +84,7 @@ def keys_kernel(
     coordinates = tl.arange(0, DIM)
     feature = head * DIM + coordinates
     record = pages + page * record_bytes
-    scale = tl.load(scales + tl.load(record + (record_bytes - 80) + tokens).to(tl.int32))[:, None]
+    scale = tl.load(scales + tl.load(record + (record_bytes - TAIL) + tokens).to(tl.int32))[:, None]
     total = tl.zeros((64, DIM), tl.float32) + tl.load(offset + feature)[None, :]
     if RANK:
         ranks = tl.arange(0, RANK)
@@ -113,6 +114,7 @@ def levels_kernel(
     column,
     num_fields,
     FIELDS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Lay the scaled levels of FIELDS fields of one page down, from ``column`` on."""
     page = tl.program_id(0).to(tl.int64)
@@ -120,7 +122,7 @@ def levels_kernel(
     lane = tl.arange(0, 16)
     cells = tokens[:, None] * 16 + lane[None, :]
     record = pages + page * record_bytes
-    scale = tl.load(scales + tl.load(record + (record_bytes - 80) + tokens).to(tl.int32))[:, None]
+    scale = tl.load(scales + tl.load(record + (record_bytes - TAIL) + tokens).to(tl.int32))[:, None]
     out = inputs + (page * 64 + tokens)[:, None] * row_inputs + column + lane[None, :]
     first = tl.program_id(1) * FIELDS
     for index in range(first, tl.minimum(first + FIELDS, num_fields)):
@@ -199,7 +201,7 @@ def reconstruct(
         operands.key_bias if centred else operands.key_offset,
         keys,
         inputs,
-        operands.keys.record_bytes,
+        operands.keys.layout.record_bytes,
         inputs.shape[1],
         len(operands.keys.slots),
         HEADS=operands.num_kv_heads,
@@ -207,6 +209,7 @@ def reconstruct(
         RANK=operands.latent_width,
         PREDICTS=operands.predicts_values,
         WIDE=interpreted(),
+        TAIL=TAIL_BYTES,
         num_warps=4 if operands.head_dim < 256 else 8,
         num_stages=1,
     )
@@ -225,11 +228,12 @@ def _levels(records: Tensor, tables: FieldTables, scales: Tensor, inputs: Tensor
         tables.gains,
         scales,
         inputs,
-        tables.record_bytes,
+        tables.layout.record_bytes,
         inputs.shape[1],
         inputs.shape[1] - num_fields * FIELD_COLUMNS,
         num_fields,
         FIELDS=_FIELDS,
+        TAIL=TAIL_BYTES,
         num_warps=4,
     )
 
