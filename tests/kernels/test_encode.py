@@ -8,9 +8,9 @@ from codec_cases import LAYERS, history_of, plain_codes, random_layers, record_p
 
 from aquakv.codec.guard import choose_outliers
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.kernels import clear_attended, record_attended
-from aquakv.kernels.encode import encode
-from aquakv.kernels.from_codec import encode_operands
+from aquakv.kernels import PageLayout, clear_attended, record_attended
+from aquakv.kernels.encode import EncodeOperands, Guard, encode
+from aquakv.kernels.from_codec import encode_operands, plain_layer
 from aquakv.numerics import cubic_level_table
 
 
@@ -176,6 +176,55 @@ def test_outliers_are_marked_in_both_records():
         attended = record_attended(records).flatten()
         assert (~attended).nonzero().flatten().tolist() == chosen.tolist()
         assert torch.equal(records[:, :-16], old[:, :-16])
+
+
+def test_coefficients_of_no_width_change_nothing():
+    layer, following = random_layers(LAYERS["plain"])
+    random = torch.Generator().manual_seed(6)
+    _, latent = history_of(layer, 64, random)
+    keys, values = tokens_of(layer, 64, random)
+    plain = plain_layer(layer, following)
+    places = {
+        kind: torch.randperm(layout.coefficients + 7, generator=random)[: layout.coefficients].sort().values
+        for kind, layout in (("key", plain.key_layout), ("value", plain.value_layout))
+    }
+
+    def spread(matrix, kind, dim):
+        """Insert rows, or columns, of nonsense."""
+        shape = list(matrix.shape)
+        shape[dim] = len(places[kind]) + 7
+        wide = torch.full(shape, 3.0, dtype=torch.float64)
+        return wide.index_copy_(dim, places[kind], matrix)
+
+    def layout(kind, old):
+        widths, groups = torch.zeros(2, old.coefficients + 7, dtype=torch.int64)
+        widths[places[kind]] = torch.tensor(old.widths)
+        groups[places[kind]] = torch.tensor(old.groups)
+        return PageLayout(tuple(widths.tolist()), tuple(groups.tolist()), old.num_groups)
+
+    operands = EncodeOperands.build(
+        layout("key", plain.key_layout),
+        layout("value", plain.value_layout),
+        key_analysis=spread(plain.key_analysis, "key", 1),
+        key_synthesis=spread(plain.key_synthesis, "key", 0),
+        key_offset=plain.key_bias + layer.keys.mean,
+        key_bias=plain.key_bias,
+        value_analysis=spread(plain.value_analysis, "value", 1),
+        value_synthesis=spread(plain.value_synthesis, "value", 0),
+        value_offset=plain.value_bias + layer.values.mean,
+        value_map=plain.value_map,
+        latent_map=plain.latent_map,
+        innovation=spread(plain.innovation, "key", 0),
+        next_offset=plain.next_offset,
+        transition=plain.transition,
+        guards=tuple(Guard(c.guard.roots.double(), float(c.guard.limit)) for c in (layer.keys, layer.values)),
+        dtype=torch.float32,
+    )
+    expected_operands = encode_operands(layer, following, dtype=torch.float32)
+    expected = encode(keys, values, latents_for(latent, operands), expected_operands)
+    got = encode(keys, values, latents_for(latent, operands), operands)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_what_does_not_fit_is_refused():

@@ -9,8 +9,10 @@ import pytest
 import torch
 from codec_cases import LAYERS, history_of, random_layers, record_parts, tokens_of
 
+from aquakv.kernels import PagedCodes
 from aquakv.kernels.encode import encode
-from aquakv.kernels.from_codec import encode_operands
+from aquakv.kernels.from_codec import decode_operands, encode_operands
+from aquakv.kernels.scores import next_latents
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -89,6 +91,31 @@ def test_no_tokens_give_no_pages():
     assert got.excess.shape == (0,)
 
 
+@on_this_device
+@pytest.mark.parametrize("name", ["plain", "first and wide", "all coefficients"])
+def test_encoder_and_decoder_carry_the_same_latents(name):
+    shape = LAYERS[name]
+    layer, following = random_layers(shape, seed=9)
+    random = torch.Generator().manual_seed(10)
+    _, latent = history_of(layer, 128, random)
+    keys, values = (t.to(DEVICE) for t in tokens_of(layer, 128, random))
+    operands = encode_operands(layer, following).to(DEVICE)
+    if latent is not None:
+        latent = torch.nn.functional.pad(latent, (0, operands.latent_width - shape.rank)).half().to(DEVICE)
+    got = encode(keys, values, latent, operands, backend="triton")
+    table = torch.arange(2, dtype=torch.int32, device=DEVICE)[None]
+    lengths = torch.tensor([128], dtype=torch.int32, device=DEVICE)
+    codes = PagedCodes(got.key_pages, got.value_pages, table, lengths)
+    latents = None if latent is None else latent[None]
+    decoder = decode_operands(layer, following).to(DEVICE)
+    (expected,) = next_latents(codes, latents, decoder, backend="triton")
+    assert got.next_latents.dtype == expected.dtype == torch.float16
+    # Sums in another order, rounded to the same float16 or its neighbour.
+    assert (got.next_latents == expected).double().mean() > 0.9
+    size = float(expected.float().abs().max())
+    torch.testing.assert_close(got.next_latents, expected, rtol=2**-10, atol=2**-12 * size)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_encoding_can_be_captured():
@@ -112,4 +139,4 @@ def test_kernels_equal_their_definition_interpreted():
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{2 * len(LAYERS) + 1} passed" in result.stdout
+    assert f"{2 * len(LAYERS) + 4} passed" in result.stdout
