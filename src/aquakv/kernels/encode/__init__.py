@@ -10,7 +10,8 @@ from torch import Tensor
 from aquakv.errors import ShapeError
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.encode import reference
-from aquakv.kernels.encode.operands import CodeColumns, EncodeOperands, Guard
+from aquakv.kernels.encode.columns import CodeColumns
+from aquakv.kernels.encode.operands import EncodeOperands, Guard
 from aquakv.kernels.pages import PAGE_TOKENS
 
 __all__ = ["CodeColumns", "EncodeOperands", "EncodedPages", "Guard", "encode"]

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError, ShapeError
+from aquakv.kernels.encode.columns import TABLE_ROWS, CodeColumns, code_columns, gather_rows, move
 from aquakv.kernels.operands import HEAD_DIMS, latent_width
-from aquakv.kernels.pages import FIELD_COLUMNS, PageLayout
-from aquakv.numerics import cubic_levels
-
-Moved = TypeVar("Moved", "CodeColumns", "EncodeOperands")
+from aquakv.kernels.pages import PageLayout
 
 #: Columns that the kernel of the key coefficients computes at a time.
 BLOCK_COLUMNS = 64
-
-#: What a row of `CodeColumns.table` holds of 16 coefficients each.
-TABLE_ROWS = ("half", "rise", "cubic", "bend", "top", "slope", "gain", "weight")
-
-#: Furthest that a codec's float32 matrices are from what they should be, relative to 1.
-_ORTHONORMAL = 1e-2
 
 
 class Guard(NamedTuple):
@@ -40,56 +32,6 @@ class Guard(NamedTuple):
 
     roots: Tensor
     limit: float
-
-
-@dataclass(frozen=True, eq=False)
-class CodeColumns:
-    """How columns of coefficients become codes in pages.
-
-    A group's columns are its fields, 16 columns each, in the order of the layout; then, with a guard, what a
-    residual has beside the coded coefficients, so that its squared weighted error is a weighted sum of
-    squares. Columns of a field without a coefficient hold such numbers too.
-
-    Attributes
-    ----------
-    layout
-        The page layout.
-    fields
-        ``[fields, 2]`` int32, in the order of planes and shifts. First ``plane | width << 16 | shift << 20 |
-        first of its plane << 24 | last << 25 | some levels are cubic << 26``; then the field's first column.
-    table
-        ``[fields, 8, 16]`` float32 by `TABLE_ROWS`: of width w, half its levels (0 without a coefficient,
-        whose other numbers are of no matter); bounds between levels are ``m * (rise + cubic * m**2)``, whose
-        inverse is near ``u / (rise + bend * u)`` up to ``top``; levels are ``slope * x * (1 + gain *
-        x**2)``, gain rounded to the operands' dtype; weight of the error in the guard, over the root of its
-        limit.
-    slots
-        ``[fields * 16]`` int64: the coefficient in every slot, -1 if none.
-    coded, rest
-        ``[columns]`` float32: 1 where a column is coded; weight of what is not, over the limit's root.
-    first_columns
-        ``[groups + 1]`` int32: where each group's columns begin.
-    coefficients
-        How many are coded.
-    """
-
-    layout: PageLayout
-    fields: Tensor
-    table: Tensor
-    slots: Tensor
-    coded: Tensor
-    rest: Tensor
-    first_columns: Tensor
-    coefficients: int
-
-    @property
-    def columns(self) -> int:
-        """Columns of all groups."""
-        return len(self.coded)
-
-    def to(self, device: torch.device | str) -> CodeColumns:
-        """Return the tables on another device."""
-        return _to(self, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +163,7 @@ class EncodeOperands:
         if innovation is not None and (latent_map is None) != (transition is None):
             raise ConfigError("encode operands: expected latent_map and transition together, got one of them")
         key_guard, value_guard = guards or (None, None)
-        key_columns, by_column = _columns(
+        key_columns, by_column = code_columns(
             "keys",
             key_layout,
             head_dim,
@@ -231,7 +173,7 @@ class EncodeOperands:
             1.0 if key_guard is None else key_guard.limit,
             dtype,
         )
-        value_columns, value_by_column = _columns(
+        value_columns, value_by_column = code_columns(
             "values",
             value_layout,
             width,
@@ -257,13 +199,18 @@ class EncodeOperands:
         index = torch.arange(counts[0], device=dense.device)
         dense[index, list(key_layout.groups)] = key_synthesis.double()
         slope = key_columns.table[:, TABLE_ROWS.index("slope")].flatten().double().to(dense.device)
-        levels = _rows(dense.flatten(1), key_columns.slots) * slope[:, None]
+        levels = gather_rows(dense.flatten(1), key_columns.slots) * slope[:, None]
         offset = value_offset.double()
         from_keys = by_column.new_zeros(0, value_columns.columns)
         if value_map is not None:
             offset = offset + key_bias.double() @ value_map.double()
             from_keys = -torch.cat([levels, latent_rows]) @ (value_map.double() @ value_by_column)
         following = latent_width(next_rank)
+        innovations, transitions = None, None
+        if innovation is not None:
+            innovations = gather_rows(innovation.double(), key_columns.slots) * slope[:, None]
+        if transition is not None:
+            transitions = torch.nn.functional.pad(transition.double(), (0, 0, 0, latent_width(rank) - rank))
         device = key_analysis.device
         return cls(
             key_columns.to(device),
@@ -277,14 +224,8 @@ class EncodeOperands:
             value_unit,
             per_head.to(dtype),
             torch.cat([from_keys, value_by_column / value_unit]).to(dtype).contiguous(),
-            None
-            if innovation is None
-            else _wide(_rows(innovation.double(), key_columns.slots) * slope[:, None], following).to(dtype),
-            None
-            if transition is None or innovation is None
-            else _wide(
-                torch.nn.functional.pad(transition.double(), (0, 0, 0, latent_width(rank) - rank)), following
-            ).to(dtype),
+            None if innovations is None else _wide(innovations, following).to(dtype),
+            None if transitions is None else _wide(transitions, following).to(dtype),
             None if next_offset is None else _wide(next_offset.double()[None], following)[0].float(),
             guards is not None,
         )
@@ -316,118 +257,7 @@ class EncodeOperands:
 
     def to(self, device: torch.device | str) -> EncodeOperands:
         """Return the operands on another device."""
-        return _to(self, device)
-
-
-def _columns(
-    name: str,
-    layout: PageLayout,
-    size: int,
-    analysis: Tensor,
-    synthesis: Tensor,
-    roots: Tensor | None,
-    limit: float,
-    dtype: torch.dtype,
-) -> tuple[CodeColumns, Tensor]:
-    """Describe one tensor's columns; also return ``[size, columns]``, from a group's residual to them.
-
-    ``analysis`` ``[size, coefficients]`` and ``synthesis`` are within a group of ``size`` coordinates; roots
-    are ``[groups, size, size]``.
-    """
-    weights = analysis.new_zeros(layout.coefficients)
-    first, order, starts, rests = [0], [], {}, {}
-    extended = [analysis]
-    next_extra = layout.coefficients
-    for group in range(layout.num_groups):
-        own = layout.group_fields(group)
-        members = [i for f in own for i in f.coefficients]
-        columns: list[int] = []
-        for f in own:
-            starts[f] = first[-1] + len(columns)
-            columns += [*f.coefficients, *[-1] * (FIELD_COLUMNS - len(f.coefficients))]
-        if roots is not None:
-            found, extra = _beside(name, roots[group], analysis[:, members], synthesis[members])
-            weights[members] = found
-            # In units of some coefficient's deviation, so that their size is moderate.
-            unit = float(found.median()) if members else 1.0
-            extended.append(extra / unit)
-            numbers = list(range(next_extra, next_extra + extra.shape[1]))
-            rests.update(dict.fromkeys(numbers, unit))
-            next_extra += extra.shape[1]
-            columns = [numbers.pop(0) if c < 0 and numbers else c for c in columns] + numbers
-        columns += [-1] * (-len(columns) % FIELD_COLUMNS)
-        order += columns
-        first.append(first[-1] + len(columns))
-    root_limit, error_weights = math.sqrt(limit), weights.tolist()
-    by_plane = sorted(layout.fields, key=lambda f: (f.plane, f.shift))
-    words, table, slots = (
-        [],
-        torch.zeros(len(by_plane), len(TABLE_ROWS), FIELD_COLUMNS, dtype=torch.float64),
-        [],
-    )
-    table[:, TABLE_ROWS.index("rise")] = 1.0  # what is divided by
-    for index, f in enumerate(by_plane):
-        before = by_plane[index - 1].plane if index else -1
-        after = by_plane[index + 1].plane if index + 1 < len(by_plane) else -1
-        cubic = any(layout.widths[i] > 2 for i in f.coefficients)
-        flags = (before != f.plane) << 24 | (after != f.plane) << 25 | cubic << 26
-        words.append([f.plane | f.width << 16 | f.shift << 20 | flags, starts[f]])
-        for column, i in enumerate(f.coefficients):
-            table[index, :-1, column] = torch.tensor(_level_row(layout.widths[i]), dtype=torch.float64)
-            table[index, -1, column] = error_weights[i] / root_limit
-        slots += [*f.coefficients, *[-1] * (FIELD_COLUMNS - len(f.coefficients))]
-    gain = TABLE_ROWS.index("gain")
-    table[:, gain] = table[:, gain].to(dtype).double()
-    coded = torch.tensor([0 <= c < layout.coefficients for c in order], dtype=torch.float32)
-    rest = torch.tensor([rests.get(c, 0.0) / root_limit for c in order], dtype=torch.float32)
-    described = CodeColumns(
-        layout,
-        torch.tensor(words, dtype=torch.int32).view(-1, 2),
-        table.float(),
-        torch.tensor(slots, dtype=torch.int64),
-        coded,
-        rest,
-        torch.tensor(first, dtype=torch.int32),
-        int(coded.sum()),
-    )
-    columns_of = torch.tensor(order, dtype=torch.int64)
-    return described, _rows(torch.cat(extended, 1).T, columns_of).T
-
-
-def _level_row(width: int) -> tuple[float, ...]:
-    """Return half the levels of a width, and what their bounds and levels follow from."""
-    linear, cubic, _ = cubic_levels(width)
-    half = 1 << (width - 1)
-    # The bound between levels m - 1/2 and m + 1/2 is their mean.
-    rise = linear + 0.75 * cubic
-    top = half * (rise + cubic * half * half)
-    return half, rise, cubic, (top / half - rise) / top, top, linear, cubic / linear
-
-
-def _beside(name: str, root: Tensor, analysis: Tensor, synthesis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights of coefficients' errors, and ``[size, rest]``, what else adds to the error.
-
-    With the weight's root R and analysis F, the columns of ``R⁻¹ F`` are orthogonal. With Q orthonormal and
-    orthogonal to them, an error e weighs ``|e R|² = Σ (weight_j (e F)_j)² + |e R Q|²``.
-    """
-    count = analysis.shape[1]
-    directions = torch.linalg.solve(root, analysis)
-    weights = 1 / directions.norm(dim=0)
-    basis = directions * weights
-    beside = root @ torch.linalg.qr(basis, mode="complete").Q[:, count:]
-    exact = torch.eye(count, dtype=root.dtype, device=root.device)
-    if count:
-        off = max(
-            float((basis.T @ basis - exact).abs().max()), float((synthesis @ analysis - exact).abs().max())
-        )
-        if beside.shape[1]:
-            off = max(off, float(((synthesis / weights[:, None]) @ beside).abs().max()))
-        if not off < _ORTHONORMAL:
-            raise ConfigError(
-                f"encode operands: expected {name} whose guard has the norm of their transform, got "
-                f"coefficients that are {off:.1g} from orthogonal in it"
-            )
-    return weights, beside
+        return move(self, device)
 
 
 def _unit(synthesis: Tensor, width: int) -> float:
@@ -436,19 +266,5 @@ def _unit(synthesis: Tensor, width: int) -> float:
     return 1.0 if mean_square == 0 else 2.0 ** -round(math.log2(mean_square) / 2)
 
 
-def _rows(matrix: Tensor, index: Tensor) -> Tensor:
-    """Gather rows; zeros where the index is negative."""
-    padded = torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
-    index = index.to(matrix.device)
-    return padded[index.where(index >= 0, len(matrix))]
-
-
 def _wide(matrix: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1])).contiguous()
-
-
-def _to(value: Moved, device: torch.device | str) -> Moved:
-    parts = {f.name: getattr(value, f.name) for f in fields(value)}
-    return replace(
-        value, **{k: v.to(device) for k, v in parts.items() if isinstance(v, (Tensor, CodeColumns))}
-    )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from aquakv.codec.scalar import CODE_OF_ONE, NOT_FINITE, SCALES, scale_codes
-from aquakv.kernels.encode.operands import TABLE_ROWS, CodeColumns, EncodeOperands
+from aquakv.kernels.encode.columns import TABLE_ROWS, CodeColumns
+from aquakv.kernels.encode.operands import EncodeOperands
 from aquakv.kernels.pages import pack_records
 from aquakv.numerics import nearest_cubic_level
 

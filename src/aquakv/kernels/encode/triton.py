@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aquakv.codec.scalar import SCALES
-from aquakv.kernels.encode.operands import BLOCK_COLUMNS, TABLE_ROWS, CodeColumns, EncodeOperands
+from aquakv.kernels.encode.columns import TABLE_ROWS, CodeColumns
+from aquakv.kernels.encode.operands import BLOCK_COLUMNS, EncodeOperands
 from aquakv.kernels.pages import PAGE_TOKENS, TAIL_BYTES
 
 #: Tokens of a program that quantises: a part of a page, so that there are programs enough.
