@@ -184,7 +184,49 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quality": quality, "speed": speed, "variants": variants, "kernels": kernels}
+def encode_precision() -> str:
+    _, all_rows = rows("encode-precision-demo")
+    lines = [
+        "| operands | codes that differ | by how many levels | scales that differ | error, encoder's | of records |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in all_rows:
+        shares = [f"{100 * row[name]:.2f} %" for name in ("codes_moved", "scales_moved")]
+        ratios = [f"{row[name]:.4f}" for name in ("error_ratio", "decoded_error_ratio")]
+        cells = [row["contestant"], shares[0], str(row["furthest_moved"]), shares[1], *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = all_rows[0]
+    lines += [
+        "",
+        f"The demo model's keys and values of {first['tokens']} tokens of {first['data']}, all layers. Codes and "
+        "scales against float32 operands; mean weighted squared errors relative to `LayerCodec.encode`'s, over "
+        "all layers with each one's own latents.",
+    ]
+    return "\n".join(lines)
+
+
+def encode_kernels() -> str:
+    content, all_rows = rows("encode-h100")
+    lines = ["| operation | setting | µs | of a layer's prefill |", "| --- | --- | --- | --- |"]
+    for row in all_rows:
+        ratio = f"{100 * row['ratio_to_prefill']:.1f} %" if "ratio_to_prefill" in row else ""
+        cells = [row["contestant"], row["setting"], f"{1e3 * row['median_ms']:.0f}", ratio]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{all_rows[0]['shape']} tokens, medians; torch {content['versions']['torch']}, {content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "quality": quality,
+    "speed": speed,
+    "variants": variants,
+    "kernels": kernels,
+    "encode_precision": encode_precision,
+    "encode_kernels": encode_kernels,
+}
 
 
 def main() -> None:

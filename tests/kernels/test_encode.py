@@ -161,6 +161,24 @@ def test_constant_tokens_have_the_smallest_scale():
     assert (codes == (1 << torch.tensor(operands.keys.layout.widths) >> 1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_codes_do_not_depend_on_how_tokens_are_chunked(dtype):
+    layer, following = random_layers(LAYERS["plain"])
+    random = torch.Generator().manual_seed(13)
+    _, latent = history_of(layer, 448, random)
+    keys, values = tokens_of(layer, 448, random)
+    operands = encode_operands(layer, following, dtype=dtype)
+    latents = latents_for(latent, operands)
+    whole = encode(keys, values, latents, operands)
+    sizes = [64, 192, 64, 128]
+    chunks = [
+        encode(*rows, operands)
+        for rows in zip(*(t.split(sizes) for t in (keys, values, latents)), strict=True)
+    ]
+    for expected, parts in zip(whole, zip(*chunks, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), expected)
+
+
 def test_outliers_are_marked_in_both_records():
     layer, following = random_layers(LAYERS["plain"])
     random = torch.Generator().manual_seed(5)
