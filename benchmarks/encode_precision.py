@@ -58,7 +58,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.moved, self.codes = torch.zeros(2, 9, dtype=torch.int64)
-        self.scales = self.tokens = self.furthest = 0
+        self.scales = self.tokens = 0
         self.excess: list[Tensor] = []
         self.decoded: list[Tensor] = []
 
@@ -73,11 +73,9 @@ class Tally:
             pair = [unpack_pages(record_planes(r, layout).contiguous(), layout)[same] for r in (own, other)]
             self.scales += int((~same).sum())
             self.tokens += len(same)
-            distance = (pair[0].int() - pair[1].int()).abs()
-            self.furthest = max(self.furthest, int(distance.max()))
             widths = torch.tensor(layout.widths)
             for width in widths.unique().tolist():
-                differ = distance[:, widths == width] > 0
+                differ = (pair[0] != pair[1])[:, widths == width]
                 self.moved[width] += differ.sum()
                 self.codes[width] += differ.numel()
 
@@ -88,7 +86,6 @@ class Tally:
             "contestant": name,
             "codes_moved": float(self.moved.sum() / self.codes.sum()),
             "codes_moved_by_width": share,
-            "furthest_moved": self.furthest,
             "scales_moved": self.scales / self.tokens,
             "error_ratio": float(torch.stack(self.excess).mean() / errors.mean()),
             "decoded_error_ratio": float(torch.stack(self.decoded).mean() / errors.mean()),

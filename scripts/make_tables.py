@@ -187,20 +187,19 @@ def kernels() -> str:
 def encode_precision() -> str:
     _, all_rows = rows("encode-precision-demo")
     lines = [
-        "| operands | codes that differ | by how many levels | scales that differ | error, encoder's | of records |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| operands | codes moved | scales moved | error, encoder's | error, of records |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in all_rows:
         shares = [f"{100 * row[name]:.2f} %" for name in ("codes_moved", "scales_moved")]
         ratios = [f"{row[name]:.4f}" for name in ("error_ratio", "decoded_error_ratio")]
-        cells = [row["contestant"], shares[0], str(row["furthest_moved"]), shares[1], *ratios]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([row['contestant'], *shares, *ratios])} |")
     first = all_rows[0]
     lines += [
         "",
-        f"The demo model's keys and values of {first['tokens']} tokens of {first['data']}, all layers. Codes and "
-        "scales against float32 operands; mean weighted squared errors relative to `LayerCodec.encode`'s, over "
-        "all layers with each one's own latents.",
+        f"The demo model's keys and values of {first['tokens']} tokens of {first['data']}, all layers. Codes "
+        "and scales against float32 operands; mean weighted squared errors relative to those of "
+        "`LayerCodec.encode`, each precision with its own latents.",
     ]
     return "\n".join(lines)
 
