@@ -9,10 +9,11 @@ import pytest
 import torch
 from codec_cases import LAYERS, history_of, random_layers, record_parts, tokens_of
 
-from aquakv.kernels import PagedCodes
-from aquakv.kernels.encode import encode
+from aquakv.kernels import PagedCodes, PageLayout
+from aquakv.kernels.encode import EncodeOperands, encode
 from aquakv.kernels.from_codec import decode_operands, encode_operands
 from aquakv.kernels.scores import next_latents
+from aquakv.numerics import cubic_level_table
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -82,6 +83,47 @@ def test_kernels_equal_their_definition(name, dtype):
 
 
 @on_this_device
+def test_every_width_finds_the_nearest_level():
+    widths = tuple(8 - i // 8 for i in range(64))  # each field mixes two
+    layout, nothing = PageLayout(widths, (0,) * 64, 1), PageLayout((), (), 1)
+    identity, none = torch.eye(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
+    operands = EncodeOperands.build(
+        layout,
+        nothing,
+        key_analysis=identity,
+        key_synthesis=identity,
+        key_offset=none,
+        key_bias=none,
+        value_analysis=torch.zeros(64, 0),
+        value_synthesis=torch.zeros(0, 64),
+        value_offset=none,
+        dtype=torch.float32,
+    ).to(DEVICE)
+    random = torch.Generator().manual_seed(14)
+    # In each token the coefficients of one width reach further than the levels do.
+    keys = 0.5 * torch.randn(2048, 8, 8, generator=random)
+    index = torch.arange(2048)
+    keys[index, index % 8] = 10 * torch.rand(2048, 8, generator=random) - 5
+    keys = keys.flatten(1)
+    keys[0], keys[1, ::2] = 0.0, -0.0
+    keys[2] = 1000 * keys[2]
+    got = encode(keys.to(DEVICE), keys.to(DEVICE), None, operands, backend="triton")
+    codes, scales, _ = record_parts(got.key_pages.cpu(), layout)
+    assert (record_parts(got.value_pages.cpu(), nothing)[1] == 128).all()
+    relative = keys.double() / 2.0 ** ((scales[:, None].double() - 128) / 16)
+    for i, width in enumerate(widths):
+        levels = cubic_level_table(width).double()
+        distance = (relative[:, i, None] - levels).abs()
+        own = distance.gather(1, codes[:, i, None].long())[:, 0]
+        assert (own <= distance.amin(1) + 1e-6 * levels.max()).all()
+        if i % 8 == 0:
+            seen = codes[:, i : i + 8].unique()
+            assert seen[0] == 0
+            assert seen[-1] == (1 << width) - 1
+            assert len(seen) > 0.9 * (1 << width)
+
+
+@on_this_device
 def test_no_tokens_give_no_pages():
     layer, following = random_layers(LAYERS["plain"])
     operands = encode_operands(layer, following).to(DEVICE)
@@ -140,4 +182,4 @@ def test_kernels_equal_their_definition_interpreted():
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{2 * len(LAYERS) + 4} passed" in result.stdout
+    assert f"{2 * len(LAYERS) + 5} passed" in result.stdout

@@ -1,4 +1,4 @@
-"""A layer's operands from its codec, folded once: the only place where kernels meet codecs."""
+"""A layer's operands from its codec, folded once."""
 
 from __future__ import annotations
 
