@@ -28,6 +28,21 @@ def on_this_device(test):
 
 
 #: On a GPU products are summed in another order. How many of the coefficients may lie so near the middle of
+#: two levels that this decides, and how many scales so near that between two codes. In float16 cuBLAS may
+#: round parts of a sum, and the coefficient itself to either of two neighbours. The interpreter's sums are
+#: torch's.
+TIES = dict.fromkeys((torch.float32, torch.float16), 0.0)
+if not INTERPRETED:
+    TIES = {torch.float32: 1e-4, torch.float16: 5e-3}
+
+
+def on_this_device(test):
+    missing = not INTERPRETED and not torch.cuda.is_available()
+    skip = pytest.mark.skipif(missing, reason="needs CUDA, or TRITON_INTERPRET=1")
+    return skip(test) if INTERPRETED else pytest.mark.gpu(skip(test))
+
+
+#: On a GPU products are summed in another order. How many of the coefficients may lie so near the middle of
 #: two levels that this decides; in float16 the coefficient itself may round to either of two neighbours
 #: first. The same for scales. The interpreter's sums are torch's.
 TIES = dict.fromkeys((torch.float32, torch.float16), 0.0)
@@ -72,7 +87,8 @@ def test_kernels_equal_their_definition(name, dtype):
             assert theirs[0].unique().numel() > 1
         same_tokens = same & (ours[0] == theirs[0]).all(1)
     # Tokens with equal codes have the same latents and errors.
-    assert same_tokens.double().mean() > 0.9
+    assert same_tokens.all() or not INTERPRETED
+    assert same_tokens.double().mean() > 0.3
     tolerance = {"rtol": 2e-3, "atol": 1e-3} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-5}
     for ours, theirs in ((got.next_latents, expected.next_latents), (got.excess, expected.excess)):
         assert (ours is None) == (theirs is None)
