@@ -36,20 +36,6 @@ if not INTERPRETED:
     TIES = {torch.float32: 1e-4, torch.float16: 5e-3}
 
 
-def on_this_device(test):
-    missing = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(missing, reason="needs CUDA, or TRITON_INTERPRET=1")
-    return skip(test) if INTERPRETED else pytest.mark.gpu(skip(test))
-
-
-#: On a GPU products are summed in another order. How many of the coefficients may lie so near the middle of
-#: two levels that this decides; in float16 the coefficient itself may round to either of two neighbours
-#: first. The same for scales. The interpreter's sums are torch's.
-TIES = dict.fromkeys((torch.float32, torch.float16), 0.0)
-if not INTERPRETED:
-    TIES = {torch.float32: 1e-4, torch.float16: 2e-3}
-
-
 @on_this_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", LAYERS)
