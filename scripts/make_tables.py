@@ -184,7 +184,48 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quality": quality, "speed": speed, "variants": variants, "kernels": kernels}
+def encode_precision() -> str:
+    _, all_rows = rows("encode-precision-demo")
+    lines = [
+        "| operands | codes moved | scales moved | error, encoder's | error, of records |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in all_rows:
+        shares = [f"{100 * row[name]:.2f} %" for name in ("codes_moved", "scales_moved")]
+        ratios = [f"{row[name]:.4f}" for name in ("error_ratio", "decoded_error_ratio")]
+        lines.append(f"| {' | '.join([row['contestant'], *shares, *ratios])} |")
+    first = all_rows[0]
+    lines += [
+        "",
+        f"The demo model's keys and values of {first['tokens']} tokens of {first['data']}, all layers. Codes "
+        "and scales against float32 operands; mean weighted squared errors relative to those of "
+        "`LayerCodec.encode`, each precision with its own latents.",
+    ]
+    return "\n".join(lines)
+
+
+def encode_kernels() -> str:
+    content, all_rows = rows("encode-h100")
+    lines = ["| operation | setting | µs | of a layer's prefill |", "| --- | --- | --- | --- |"]
+    for row in all_rows:
+        ratio = f"{100 * row['ratio_to_prefill']:.1f} %" if "ratio_to_prefill" in row else ""
+        cells = [row["contestant"], row["setting"], f"{1e3 * row['median_ms']:.0f}", ratio]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{all_rows[0]['shape']} tokens, medians; torch {content['versions']['torch']}, {content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "quality": quality,
+    "speed": speed,
+    "variants": variants,
+    "kernels": kernels,
+    "encode_precision": encode_precision,
+    "encode_kernels": encode_kernels,
+}
 
 
 def main() -> None:

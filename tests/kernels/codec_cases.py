@@ -7,10 +7,18 @@ from itertools import pairwise
 
 import torch
 
-from aquakv.codec import AffinePredictor, LayerCodec, LinearTransform, OutlierGuard, ScalarQuantizer
-from aquakv.codec.layer import TensorCodec
+from aquakv.codec import (
+    AffinePredictor,
+    LayerCodec,
+    LinearTransform,
+    OutlierGuard,
+    Reconstruction,
+    ScalarQuantizer,
+    TensorCodec,
+)
 from aquakv.config import PredictorConfig
-from aquakv.numerics import symmetric_root, weighted_klt
+from aquakv.kernels import record_attended, record_planes, record_scales, unpack_pages
+from aquakv.numerics import packed_words, symmetric_root, unpack, weighted_klt
 
 #: Counts of coefficients by falling width, whole bytes for each.
 KEY_COUNTS = {8: 1, 6: 4, 5: 8, 4: 10, 3: 16, 2: 20, 1: 24}
@@ -61,9 +69,10 @@ def tensor_codec(shape, counts, blocks, mean, predictor, random):
     """Return keys' or values' codec, with the transform that some covariance and metric have."""
     heads, dim, width = shape.heads, shape.head_dim, shape.features
     factors = torch.randn(heads, dim, 2 * dim, generator=random, dtype=torch.float64)
-    weights = factors @ factors.mT / (2 * dim) + 0.05 * torch.eye(dim, dtype=torch.float64)
+    weights = factors @ factors.mT
+    weights = weights / weights.diagonal(dim1=1, dim2=2).mean() + 0.05 * torch.eye(dim, dtype=torch.float64)
     covariance = random_covariance(width, random, shape.spread)
-    klt = weighted_klt(covariance, torch.block_diag(*weights), heads if blocks else None, floor=1e-3)
+    klt = weighted_klt(covariance, torch.block_diag(*weights), heads if blocks else None, floor=1e-9)
     widths = [w for w, n in counts for _ in range(n)][:width]
     while widths and any(widths.count(w) * w % 8 for w in set(widths)):
         widths.pop()
@@ -103,3 +112,35 @@ def random_layers(shape, seed=0):
     random = torch.Generator().manual_seed(seed)
     layer = random_layer(shape, shape.rank, random)
     return layer, random_layer(shape, shape.next_rank, random) if shape.next_rank else None
+
+
+def plain_codes(quantizer, words):
+    """Return the codes, ``[tokens, n]`` uint8, of a scalar quantiser's bytes."""
+    parts = [words.new_zeros(len(words), 0)]
+    for segment in quantizer.segments:
+        count = segment.coefficients.stop - segment.coefficients.start
+        stored = words.new_zeros(len(words), 4 * packed_words(count, segment.width))
+        stored[:, : segment.stored.stop - segment.stored.start] = words[:, segment.stored]
+        parts.append(unpack(stored.view(torch.int32), segment.width, count))
+    return torch.cat(parts, 1)
+
+
+def history_of(layer, tokens, random, spread=1.0):
+    """Return random reconstructed keys of the layer before, and the latent that they give."""
+    if layer.keys.predictor is None:
+        return (), None
+    before = spread * torch.randn(tokens, layer.features, generator=random)
+    return (Reconstruction(before, before),), layer.keys.predictor.latent((before,))
+
+
+def tokens_of(layer, tokens, random, spread=1.0):
+    """Return keys and values around the layer's means."""
+    offsets = (spread * torch.randn(tokens, layer.features, generator=random) for _ in range(2))
+    return [codec.mean + o for codec, o in zip((layer.keys, layer.values), offsets, strict=True)]
+
+
+def record_parts(records, layout):
+    """Return codes, scale codes and which tokens are attended to of records."""
+    assert not records[:, -8:].any()
+    codes = unpack_pages(record_planes(records, layout), layout)
+    return codes, record_scales(records).flatten(), record_attended(records).flatten()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from codec_cases import LAYERS, random_layers
+from codec_cases import LAYERS, history_of, random_layers
 
 from aquakv.errors import ConfigError
 from aquakv.kernels import PagedCodes, PageRotary, attend_codes, pack_records
@@ -17,23 +17,13 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=3e-5 * float(expected.abs().max()))
 
 
-def history_of(layer, tokens, random):
-    """Return random reconstructed keys of the layer before, and the latent that they give."""
-    if layer.keys.predictor is None:
-        return (), None
-    from aquakv.codec import Reconstruction
-
-    before = torch.randn(tokens, layer.features, generator=random)
-    return (Reconstruction(before, before),), layer.keys.predictor.latent((before,))
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_decoding_with_folded_operands_attends_to_what_the_codec_reconstructs(name):
     shape = LAYERS[name]
     layer, following = random_layers(shape)
     random = torch.Generator().manual_seed(1)
     tokens, heads, dim = 128, shape.heads, shape.head_dim
-    history, latent = history_of(layer, tokens, random)
+    history, latent = history_of(layer, tokens, random, shape.spread)
     keys, values = (shape.spread * torch.randn(tokens, shape.features, generator=random) for _ in range(2))
     codes, hat = layer.encode(layer.keys.mean + keys, layer.values.mean + values, history)
     operands = decode_operands(layer, following, num_kv_heads=heads, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A layer's operands from its codec, folded once: the only place where kernels meet codecs."""
+"""A layer's operands from its codec, folded once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aquakv.codec import LayerCodec, LinearTransform, ScalarQuantizer, TensorCodec
+from aquakv.codec import LayerCodec, LinearTransform, OutlierGuard, ScalarQuantizer, TensorCodec
 from aquakv.codec.latent import latent_steps
 from aquakv.codec.pages import coefficient_heads
 from aquakv.errors import ConfigError
+from aquakv.kernels.encode.operands import EncodeOperands, Guard
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.pages import PageLayout
+from aquakv.kernels.reconstruct.operands import ReconstructOperands
 
 
 class PlainLayer(NamedTuple):
@@ -34,6 +36,10 @@ class PlainLayer(NamedTuple):
         ``[features, features]``: from centred keys to values; None if values are not predicted.
     innovation, next_offset, transition
         The next layer's latent (`aquakv.codec.latent.LatentStep`), deviations folded in; None at the last.
+    key_analysis
+        ``[head_dim, key coefficients]``: from the residual of a coefficient's own head, over deviations.
+    value_analysis
+        ``[features, value coefficients]``, over deviations.
     """
 
     key_layout: PageLayout
@@ -47,6 +53,8 @@ class PlainLayer(NamedTuple):
     innovation: Tensor | None
     next_offset: Tensor | None
     transition: Tensor | None
+    key_analysis: Tensor
+    value_analysis: Tensor
 
 
 def decode_operands(
@@ -94,6 +102,61 @@ def decode_operands(
     )
 
 
+def encode_operands(
+    codec: LayerCodec,
+    next_codec: LayerCodec | None,
+    *,
+    num_kv_heads: int | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> EncodeOperands:
+    """Fold what the encode kernels multiply with; parameters and errors as for `decode_operands`.
+
+    Also a `ConfigError` if the codec's guard measures errors in another norm than its transform.
+    """
+    plain = plain_layer(codec, next_codec, num_kv_heads)
+    guards = None
+    if codec.keys.guard is not None and codec.values.guard is not None:
+        guards = _guard(codec.keys.guard), _guard(codec.values.guard)
+    return EncodeOperands.build(
+        plain.key_layout,
+        plain.value_layout,
+        key_analysis=plain.key_analysis,
+        key_synthesis=plain.key_synthesis,
+        key_offset=plain.key_bias + codec.keys.mean.double(),
+        key_bias=plain.key_bias,
+        value_analysis=plain.value_analysis,
+        value_synthesis=plain.value_synthesis,
+        value_offset=plain.value_bias + codec.values.mean.double(),
+        value_map=plain.value_map,
+        latent_map=plain.latent_map,
+        innovation=plain.innovation,
+        next_offset=plain.next_offset,
+        transition=plain.transition,
+        guards=guards,
+        dtype=dtype,
+    )
+
+
+def reconstruct_operands(
+    codec: LayerCodec, *, num_kv_heads: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> ReconstructOperands:
+    """Fold what reconstruction multiplies with; parameters and errors as for `decode_operands`."""
+    plain = plain_layer(codec, None, num_kv_heads)
+    return ReconstructOperands.build(
+        plain.key_layout,
+        plain.value_layout,
+        key_synthesis=plain.key_synthesis,
+        key_bias=plain.key_bias,
+        key_mean=codec.keys.mean,
+        value_synthesis=plain.value_synthesis,
+        value_bias=plain.value_bias,
+        value_mean=codec.values.mean,
+        value_map=plain.value_map,
+        latent_map=plain.latent_map,
+        dtype=dtype,
+    )
+
+
 def plain_layer(
     codec: LayerCodec, next_codec: LayerCodec | None, num_kv_heads: int | None = None
 ) -> PlainLayer:
@@ -107,6 +170,7 @@ def plain_layer(
     index = torch.arange(len(groups), device=own_head.device)
     deviations = key_quantizer.deviations.double()[:, None]
     key_synthesis = own_head[index, groups] * deviations
+    key_analysis = key_transform.analysis.T.double().unflatten(1, (heads, -1))[index, groups] / deviations
     innovation, next_offset, transition = None, None, None
     if next_codec is not None:
         (step,) = latent_steps((codec, next_codec))
@@ -130,6 +194,8 @@ def plain_layer(
         innovation,
         next_offset,
         transition,
+        key_analysis.T,
+        value_transform.analysis.double() / value_quantizer.deviations.double(),
     )
 
 
@@ -172,6 +238,10 @@ def _scalar_parts(name: str, codec: TensorCodec) -> tuple[LinearTransform, Scala
             f"kernels: expected {name} with levels by a cubic (quantizer.arithmetic), got tables"
         )
     return transform, quantizer
+
+
+def _guard(guard: OutlierGuard) -> Guard:
+    return Guard(guard.roots.double(), float(guard.limit))
 
 
 def _bias(codec: TensorCodec) -> Tensor:
