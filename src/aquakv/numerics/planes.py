@@ -57,11 +57,13 @@ def planes_hold(counts: Tensor, planes: int) -> Tensor:
 def place_fields(widths: Sequence[int], groups: Sequence[int]) -> list[tuple[int, int]]:
     """Place fields in as few planes as can hold them.
 
-    Fields are placed by falling width, those of one width by rising group, each directly above what its plane
-    holds. Of the planes with room for it, a field takes one that holds a field of its group, else the one
-    with least room, else the first; without any it opens a new plane. Fields of 3 bits are choosier: they take
-    planes with exactly 3 bits left, then planes with nothing but one field of 3 bits; the others open a plane,
-    except the last one, if there is a plane with 4 bits left.
+    First, group by group, planes that fields of one group fill (of all combinations that do, the one with the
+    widest fields), as long as what is left then needs no more planes. The other fields follow by falling
+    width, those of one width by rising group, each directly above what its plane holds. Of the planes with
+    room for it, a field takes one that holds a field of its group, else the one with least room, else the
+    first; without any it opens a new plane. Fields of 3 bits are choosier: they take planes with exactly 3
+    bits left, then planes with nothing but one field of 3 bits; the others open a plane, except the last one,
+    if there is a plane with 4 bits left.
 
     Parameters
     ----------
@@ -75,29 +77,61 @@ def place_fields(widths: Sequence[int], groups: Sequence[int]) -> list[tuple[int
     list of (int, int)
         Plane and lowest bit of every field.
     """
-    room: list[int] = []
-    inside: list[list[int]] = []
-    places = [(0, 0)] * len(widths)
     order = sorted(range(len(widths)), key=lambda i: (-widths[i], groups[i], i))
-    threes = sum(width == 3 for width in widths)
-    for i in order:
-        width, group = widths[i], groups[i]
-        fitting = [p for p, bits in enumerate(room) if bits >= width]
-        if width == 3:
-            threes -= 1
-            halves = [] if threes else [p for p in fitting if room[p] == 4]
-            exact, single = ([p for p in fitting if room[p] == bits] for bits in (3, 5))
-            fitting = exact or single or halves
-        if fitting:
-            plane = min(fitting, key=lambda p: (group not in inside[p], room[p], p))
-        else:
-            plane = len(room)
-            room.append(PLANE_BITS)
-            inside.append([])
-        places[i] = (plane, PLANE_BITS - room[plane])
-        room[plane] -= width
-        inside[plane].append(group)
+    needed = -(-sum(widths) // PLANE_BITS)
+    while not _held(widths, needed):
+        needed += 1
+    planes: list[list[int]] = []
+    for group in sorted(set(groups)):
+        while filling := _filling(widths, [i for i in order if groups[i] == group], PLANE_BITS):
+            rest = [i for i in order if i not in filling]
+            if not _held([widths[i] for i in rest], needed - len(planes) - 1):
+                break
+            planes.append(filling)
+            order = rest
+    _place_rest(widths, groups, order, planes)
+    places = [(0, 0)] * len(widths)
+    for plane, inside in enumerate(planes):
+        shifts = itertools.accumulate((widths[i] for i in inside), initial=0)
+        for i, shift in zip(inside, shifts, strict=False):
+            places[i] = (plane, shift)
     return places
+
+
+def _held(widths: Sequence[int], planes: int) -> bool:
+    counts = torch.bincount(torch.tensor(widths, dtype=torch.int64), minlength=PLANE_BITS + 1)
+    return bool(planes_hold(counts, planes))
+
+
+def _filling(widths: Sequence[int], order: list[int], bits: int) -> list[int]:
+    """Return fields, from the first of ``order`` that do, that fill so many bits; none if none do."""
+    for place, i in enumerate(order):
+        if place and widths[i] == widths[order[place - 1]]:
+            continue  # no better than the one before
+        if widths[i] == bits:
+            return [i]
+        if widths[i] < bits and (more := _filling(widths, order[place + 1 :], bits - widths[i])):
+            return [i, *more]
+    return []
+
+
+def _place_rest(
+    widths: Sequence[int], groups: Sequence[int], order: Sequence[int], planes: list[list[int]]
+) -> None:
+    """Add fields to planes as `place_fields` describes."""
+    threes = sum(widths[i] == 3 for i in order)
+    for i in order:
+        room = [PLANE_BITS - sum(widths[j] for j in inside) for inside in planes]
+        fitting = [plane for plane, bits in enumerate(room) if bits >= widths[i]]
+        if widths[i] == 3:
+            threes -= 1
+            exact, single, half = ([plane for plane in fitting if room[plane] == bits] for bits in (3, 5, 4))
+            fitting = exact or single or ([] if threes else half)
+        if not fitting:
+            planes.append([i])
+            continue
+        foreign = [all(groups[j] != groups[i] for j in inside) for inside in planes]
+        planes[min(fitting, key=lambda plane: (foreign[plane], room[plane], plane))].append(i)
 
 
 def plane_gains(energies: Tensor, widths: Sequence[int], distortions: Mapping[int, float]) -> Tensor:
