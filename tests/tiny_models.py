@@ -174,6 +174,17 @@ def feed(model, cache, tokens, sizes, mask=None):
     return torch.cat(logits, 1)
 
 
+def go_on(model, cache, tokens, sizes, mask):
+    """Feed what follows on what a cache holds; tokens and mask are those of all columns."""
+    outputs, positions = [], (mask.cumsum(1) - 1).clamp(min=0)
+    for size in sizes:
+        part = slice(cache.get_seq_length(), cache.get_seq_length() + size)
+        extra = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+        with torch.no_grad():
+            outputs.append(model(tokens[:, part], past_key_values=cache, **extra).logits)
+    return torch.cat(outputs, 1)
+
+
 def row_codes(cache, row):
     """Return all that is kept of one sequence's compressed tokens, layer by layer, oldest token first.
 

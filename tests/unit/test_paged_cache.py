@@ -12,7 +12,7 @@ from aquakv.errors import ShapeError
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import adapt
 from aquakv.numerics.pages import record_attended
-from tiny_models import codec_for, feed, guarded_codec, random_tokens, shared, two_stage_codec
+from tiny_models import codec_for, feed, go_on, guarded_codec, random_tokens, shared, two_stage_codec
 
 F64 = torch.float64
 PAGED = WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
@@ -105,16 +105,16 @@ def test_a_cache_of_pages_is_a_cache_of_rows(attention, name):
 
     def run(codec):
         cache = AquaCache(model, codec, window=PAGED, attention=attention)
-        outputs = [feed(model, cache, tokens[:, :150], [70, 79, 1], mask[:, :150])]
+        outputs = [go_on(model, cache, tokens, [70, 79, 1], mask)]
         twin = copy.deepcopy(cache)
-        cache.batch_select_indices([1, 0, 1])
         rows = [1, 0, 1]
-        outputs.append(feed(model, cache, tokens[rows, 150:220], [1, 60, 4, 5], mask[rows, :220]))
+        cache.batch_select_indices(rows)
+        outputs.append(go_on(model, cache, tokens[rows], [1, 60, 4, 5], mask[rows]))
         cache.crop(-3)
         cache.reorder_cache(torch.tensor([2, 2, 1]))
         rows = [1, 1, 0]
-        outputs.append(feed(model, cache, tokens[rows, 217:], [30, 1, 1, 1], mask[rows]))
-        outputs.append(feed(model, twin, tokens[:, 150:], [99, 1], mask))
+        outputs.append(go_on(model, cache, tokens[rows], [30, 1, 1, 1], mask[rows]))
+        outputs.append(go_on(model, twin, tokens, [99, 1], mask))
         return cache, outputs
 
     (paged, ours), (rows, theirs) = run(codec), run(in_rows(codec))

@@ -15,11 +15,13 @@ from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
+from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
 from aquakv.cache.step import CacheStep
 from aquakv.cache.storage import CodedPages, storage_bytes
 from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError, ConfigError
+from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.attention import attends_to_views
 from aquakv.models.hooks import ModelHooks
@@ -51,6 +53,12 @@ class AquaCache(Cache):
         attends to the codes in passes of up to `MOST_QUERIES` new tokens (decoding), where that is less work.
         ``auto`` is ``fused`` where the codec allows it and the model attends by ``sdpa`` (those who chose
         ``eager`` may want its attention weights, which ``fused`` has not).
+    backend
+        What attends to codes that are kept in pages, with one new token a row: ``auto`` leaves it to Triton
+        kernels on a GPU, where all positions follow each other and no mask hides compressed tokens;
+        ``torch`` computes the kernels' definitions instead, anywhere; ``triton`` insists on the kernels.
+        With kernels on a GPU a step of one token takes it that the attention mask says of older tokens what
+        it said when some were last compressed or several were fed.
 
     Raises
     ------
@@ -75,6 +83,7 @@ class AquaCache(Cache):
         *,
         window: WindowConfig | None = None,
         attention: AttentionChoice = "auto",
+        backend: Backend = "auto",
     ) -> None:
         name = "codec" if isinstance(codec, ModelCodec) else str(codec)
         self.codec = codec if isinstance(codec, ModelCodec) else ModelCodec.load(codec)
@@ -82,6 +91,9 @@ class AquaCache(Cache):
         self.codec.fingerprint.require_match(self._adapter.fingerprint(), name)
         self.window = window or self.codec.config.window
         self._choice: AttentionChoice = attention
+        if backend not in get_args(Backend):
+            raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+        self._backend: Backend = backend
         self._fused = self._may_fuse(attention)
         if self._fused:
             ModelHooks.accept_views(self._adapter)
@@ -91,11 +103,13 @@ class AquaCache(Cache):
         self._positions: Tensor | None = None
         self._custom_mask = False
         self._in_forward = False
+        self._paged = self._fused and why_not_paged(self.codec, self.window.block_tokens) is None
         self._build()
         super().__init__(layers=self.layers)
 
     def _build(self) -> None:
         self.layout = TokenLayout(self.window)
+        self._state = PagedState(self._adapter, self.codec, self._backend)
         self.layers: list[Any] = self._adapter.exact_layers()
         for index in self._adapter.compressed_layers:
             self.layers[index] = AquaLayer(self.layout, CodedPages(self.window.block_tokens))
@@ -127,6 +141,15 @@ class AquaCache(Cache):
         if not self._fused or self._custom_mask or new_columns > MOST_QUERIES or not self.layout.pages:
             return False
         return self._mask is None or self._mask.shape[1] >= self.layout.columns + new_columns
+
+    def _attends_with_kernels(self, key_states: Tensor) -> bool:
+        """Tell whether, in a pass that attends to codes, kernels do so if no mask hides any."""
+        return (
+            self._paged
+            and key_states.shape[2] == 1
+            and attends_with_kernels(self._backend, self._adapter.head_dim, key_states)
+            and all(self.layout.successive)
+        )
 
     def _may_fuse(self, attention: AttentionChoice) -> bool:
         if attention not in get_args(AttentionChoice):
@@ -203,6 +226,8 @@ class AquaCache(Cache):
         if step.next_layer == len(self._order):
             step.finish()
             self._step = None
+            if self._paged and (step.due or key_states.shape[2] > 1):
+                self._state.look_at(self.layout, self._mask)
         return everything
 
     def _begin_step(self, key_states: Tensor) -> None:
@@ -215,10 +240,13 @@ class AquaCache(Cache):
             )
         rows, _, new_columns, _ = key_states.shape
         before, fused = self.layout.columns, self._attends_to_codes(new_columns)
+        kernels = fused and self._attends_with_kernels(key_states)
         self.layout.append(new_columns, self._positions, self._mask, rows)
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
-        if fused and exact is not None:
+        if kernels and exact is not None and self._state.sees_all(self.layout, self._mask):
+            self._step = PagedStep(*shared, self._state, exact.tail_keys.shape[1], self._mask)
+        elif fused and exact is not None:
             self._step = FusedStep(*shared, self.codec, exact.tail_keys.shape[1], self._mask)
         else:
             self._step = CacheStep(*shared)
@@ -304,7 +332,7 @@ class AquaCache(Cache):
             code_bytes=words,
             scale_bytes=scales,
             outlier_bytes=outliers,
-            position_bytes=storage_bytes(self.layout.positions),
+            position_bytes=storage_bytes(self.layout.positions) + self._state.footprint(),
             sink_bytes=sinks,
             tail_bytes=tail,
             other_layer_bytes=other,
@@ -316,7 +344,9 @@ class AquaCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:
         """Copy the tokens; the model and the codec are shared."""
         self._require_intact()
-        other = AquaCache(self._adapter.model, self.codec, window=self.window, attention=self._choice)
+        other = AquaCache(
+            self._adapter.model, self.codec, window=self.window, attention=self._choice, backend=self._backend
+        )
         other.layout = copy.deepcopy(self.layout, memo)
         other.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in other._compressed:

@@ -33,8 +33,12 @@ class TokenLayout:
         Compressed tokens of each row.
     pages
         ``(row, first_column)`` of every compressed block, in storage order, the same at every layer.
+    successive
+        For each of ``pages`` whether its tokens have successive positions.
     positions
         ``[rows, columns]`` int32 position ids, on the device of the first layer.
+    version
+        Rises whenever ``starts``, ``coded`` or ``pages`` change.
     """
 
     window: WindowConfig
@@ -42,7 +46,9 @@ class TokenLayout:
     starts: list[int] = field(default_factory=list)
     coded: list[int] = field(default_factory=list)
     pages: list[tuple[int, int]] = field(default_factory=list)
+    successive: list[bool] = field(default_factory=list)
     positions: Tensor | None = None
+    version: int = 0
 
     @property
     def rows(self) -> int:
@@ -90,6 +96,7 @@ class TokenLayout:
         after = self.columns + new_columns
         if any(start == self.columns for start in starts):  # rows that are empty or all padding so far
             starts = self._find_starts(starts, mask, after)
+        self.version += starts != self.starts
         self.starts, self.coded = starts, self.coded or [0] * rows
         positions = positions.detach().to(torch.int32).expand(rows, -1)
         old = [] if self.positions is None else [self.positions]
@@ -122,9 +129,17 @@ class TokenLayout:
 
     def commit(self, blocks: list[tuple[int, int]]) -> None:
         """Record blocks as compressed."""
+        if not blocks:
+            return
+        assert self.positions is not None  # set by append
+        columns = self.page_columns(blocks, self.positions.device)
+        steps = self.positions.flatten()[columns].view(len(blocks), -1).diff(dim=1)
+        successive = (steps == 1).all(1).tolist()
         for row, _ in blocks:
             self.coded[row] += self.window.block_tokens
         self.pages.extend(blocks)
+        self.successive.extend(successive)
+        self.version += 1
 
     def crop(self, tokens: int) -> None:
         """Forget the newest ``tokens`` columns, none of which may be compressed."""
@@ -138,6 +153,7 @@ class TokenLayout:
                 )
         self.columns = after
         self.starts = [min(start, after) for start in self.starts]
+        self.version += 1
         if self.positions is not None:
             self.positions = self.positions[:, :after].clone()
 
@@ -150,6 +166,8 @@ class TokenLayout:
         self.pages = [
             (new_row, self.pages[index][1]) for new_row, row in enumerate(rows) for index in by_row[row]
         ]
+        self.successive = [self.successive[index] for index in source]
+        self.version += 1
         self.starts = [self.starts[row] for row in rows]
         self.coded = [self.coded[row] for row in rows]
         if self.positions is not None:

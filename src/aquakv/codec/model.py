@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from aquakv.codec.transform import LinearTransform, build_transform
 from aquakv.config import CodecConfig, from_dict, to_dict
 from aquakv.errors import CodecFileError, ConfigError, InputError
 
+Derived = TypeVar("Derived")
 Kind = str
 KINDS: tuple[Kind, ...] = ("keys", "values")
 
@@ -64,6 +65,8 @@ class ModelCodec:
     _steps: dict[tuple[int, torch.device], LatentStep] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         layers = with_page_layouts(self.layers, self.fingerprint.num_kv_heads)
@@ -99,6 +102,12 @@ class ModelCodec:
             pair = [self.layer_on(number, device) for number in (index, index + 1)]
             self._steps[key] = latent_steps(pair)[0]
         return self._steps[key]
+
+    def derived(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """Return what ``make`` returned when first asked for ``key``: what others derive from this codec."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def save(self, path: str | Path) -> None:
         """Write the codec to one ``.safetensors`` file, all or nothing.

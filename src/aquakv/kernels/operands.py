@@ -18,8 +18,10 @@ CHUNK_SLOTS = CHUNK_FIELDS * FIELD_COLUMNS
 
 Moved = TypeVar("Moved", "CodeTables", "DecodeOperands")
 
-#: Head dimensions whose kernels are tested.
+#: Head dimensions that the Triton kernels take; the definitions in PyTorch take all even ones.
 HEAD_DIMS = (64, 128, 256)
+#: Highest rank of a latent.
+MAX_RANK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +179,8 @@ class DecodeOperands:
         head_dim = key_synthesis.shape[1]
         width = heads * head_dim
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        if head_dim not in HEAD_DIMS:
-            raise ConfigError(f"decode operands: expected head_dim {HEAD_DIMS}, got {head_dim}")
+        if head_dim % 2:
+            raise ConfigError(f"decode operands: expected an even head_dim, got {head_dim}")
         if not 0 <= rotary_dim <= head_dim or rotary_dim % 2:
             raise ConfigError(
                 f"decode operands: expected an even rotary_dim up to {head_dim}, got {rotary_dim}"
@@ -260,6 +262,14 @@ class DecodeOperands:
         """Numbers stored for the next layer's latent; 0 if it is not wanted."""
         return 0 if self.innovation is None else self.innovation.shape[1]
 
+    def require_triton(self) -> None:
+        """Raise `ConfigError` if the Triton kernels do not take such operands."""
+        if self.head_dim not in HEAD_DIMS or self.score_synthesis.dtype != torch.float16:
+            raise ConfigError(
+                f"backend triton: expected head_dim {HEAD_DIMS} and operands of float16, got {self.head_dim} "
+                f"and {str(self.score_synthesis.dtype).removeprefix('torch.')}; choose torch"
+            )
+
     def to(self, device: torch.device | str) -> DecodeOperands:
         """Return the operands on another device."""
         return _to(self, device)
@@ -284,9 +294,9 @@ def slot_coefficients(fields_: Sequence[Field], sizes: Sequence[int]) -> list[in
 
 def latent_width(rank: int) -> int:
     """Return how many numbers latents of a rank are stored as."""
-    if not 0 <= rank <= 64:
-        raise ConfigError(f"decode operands: expected a latent's rank up to 64, got {rank}")
-    return next(width for width in (0, 16, 32, 64) if rank <= width)
+    if not 0 <= rank <= MAX_RANK:
+        raise ConfigError(f"decode operands: expected a latent's rank up to {MAX_RANK}, got {rank}")
+    return next(width for width in (0, 16, 32, MAX_RANK) if rank <= width)
 
 
 def rotary_order(head_dim: int, rotary_dim: int) -> Tensor:

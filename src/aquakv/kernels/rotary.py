@@ -60,3 +60,26 @@ class PageRotary:
             offset.cos().to(dtype),
             offset.sin().to(dtype),
         )
+
+    @classmethod
+    def from_model(
+        cls,
+        page_tables: tuple[Tensor, Tensor],
+        offset_tables: tuple[Tensor, Tensor],
+        dtype: torch.dtype = torch.float16,
+    ) -> PageRotary:
+        """Take a model's own float32 cosines and sines.
+
+        Parameters
+        ----------
+        page_tables
+            ``[rows, pages, rotary_dim / 2]`` each: at the positions of the first tokens of the pages.
+        offset_tables
+            ``[64, rotary_dim / 2]`` each: at the positions 0 to 63.
+        dtype
+            Of the offsets' tables.
+        """
+        page_cos, page_sin = (table.float().contiguous() for table in page_tables)
+        cos, sin = offset_tables
+        factor = cos[:1]  # the cosine of 0 is 1
+        return cls(page_cos, page_sin, (cos / factor).to(dtype), (sin / factor).to(dtype))

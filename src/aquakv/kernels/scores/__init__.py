@@ -81,6 +81,7 @@ def scores(
         )
     if chosen == "torch":
         return Scores(*reference.scores(query, codes, latents, operands, rotary, scaling, softcap))
+    operands.require_triton()
     from aquakv.kernels.scores import triton
 
     splits = splits_for(query.device, rows * operands.num_kv_heads, codes.pages, 2)
