@@ -150,6 +150,11 @@ class PageLayout:
         """Bytes of one page's record: planes, scale codes and attended bits."""
         return self.page_bytes + TAIL_BYTES
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all coefficients of each field have its width, so that its levels have one slope and gain."""
+        return all(self.widths[i] == f.width for f in self.fields for i in f.coefficients)
+
     def group_fields(self, group: int) -> tuple[Field, ...]:
         """Return a group's fields, widest first."""
         return tuple(f for f in self.fields if f.group == group)
