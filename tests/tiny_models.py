@@ -114,9 +114,15 @@ def random_tokens(*shape, seed=0):
     return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
+#: Bits of the decode preset here: byte planes are 16 columns wide, which is much for tiny models. So each of
+#: their tensors gets one, and one of them two.
+DECODE_BITS = 5
+
+
 @functools.cache
 def codec_for(kind="llama", name="paper", bits=None, window=WINDOW, seed=0):
     """Return a codec calibrated on random tokens for `build(kind, seed)`, whatever that model's dtype."""
+    bits = DECODE_BITS if bits is None and name == "decode" else bits
     config = dataclasses.replace(preset(name, bits), window=window)
     model = shared(kind) if seed == 0 else build(kind, seed=seed)
     return calibrate(model, random_tokens(8, 48, seed=1), config)
@@ -141,7 +147,7 @@ def guarded_codec(kind="llama", limit=1e-12, fraction=0.25):
 @functools.cache
 def two_stage_codec(kind="llama", first=5):
     """Return a codec like the decode preset's, whose keys are transformed in two stages."""
-    config = preset("decode", 3)
+    config = preset("decode", DECODE_BITS)
     transform = dataclasses.replace(config.transform, key_scope="two-stage", first_stage=first)
     config = dataclasses.replace(config, window=WINDOW, transform=transform)
     return calibrate(shared(kind), random_tokens(8, 48, seed=1), config)

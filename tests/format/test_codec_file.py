@@ -59,9 +59,9 @@ GOLDEN_JSON = (
     '"value_scope": "all-heads"}, "window": {"block_tokens": 8, "recent_window": 0, "sink_tokens": 2}}, '
     '"fingerprint": {"architecture": "llama", "compressed_layers": [0, 2], "head_dim": 4, "layer_hashes": '
     '["00ff", "a1b2"], "num_kv_heads": 1, "num_layers": 3, "rotary": {"rope_theta": 10000.0}}, "format": '
-    '"aquakv-codec", "format_version": 3}'
+    '"aquakv-codec", "format_version": 4}'
 )
-GOLDEN_CHECKSUM = "6e43b38147b09248f0210c432e7629686c73dcc29cbd7aaec38137c48e2300de"
+GOLDEN_CHECKSUM = "45dbf2bce96344e90fcbcf430886036e9e62fa5c56f89a119ab861c960102e30"
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def test_metadata_that_is_no_header(golden, tmp_path, text):
     _refused(_rewrite(golden, tmp_path / "bad", raw=text))
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 4, -1, "3", None, [], 10**30, 1.5])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 5, -1, "4", None, [], 10**30, 1.5])
 def test_other_format_version(golden, tmp_path, version):
     path = _rewrite(golden, tmp_path / "bad", lambda h: h.update(format_version=version))
     _refused(path, "version.*update aquakv or calibrate again")
@@ -632,7 +632,9 @@ def _move(frequencies):
         ("decode", "layers.1.keys.guard.limit", lambda t: -t),
         ("decode", "layers.0.keys.widths", lambda t: _flip(t, 0, 3)),
         ("decode", "layers.0.keys.widths", lambda t: _flip(t, -1, 0)),
-        ("decode", "layers.0.keys.widths", lambda t: t.flip(0)),
+        ("decode", "layers.0.keys.widths", lambda t: _flip(t, -1, t[-1] + 1)),
+        ("decode", "layers.0.keys.widths", lambda t: _flip(t, -1, t[-1] - 1)),
+        ("decode", "layers.0.values.widths", lambda t: _flip(t, -1, t[-1] - 1)),
         ("decode", "layers.0.keys.widths", lambda t: _flip(t, 0, 2 * t[0] % 15)),
     ],
 )

@@ -19,6 +19,7 @@ from aquakv.calibration.plan import (
     first_model,
     fixed_rate_plan,
     level_options,
+    plane_plan,
 )
 from aquakv.calibration.sensitivity import ProbeErrors, relative_power
 from aquakv.calibration.walk import Batches
@@ -38,6 +39,7 @@ from aquakv.codec.model import KINDS, build_published_codec
 from aquakv.config import CodecConfig
 from aquakv.numerics import (
     StreamingMoments,
+    allocate_fields,
     fill_bytes,
     reduce_rank,
     ridge,
@@ -194,9 +196,6 @@ class CodecFit:
         self.record.append(
             {
                 "layer": self.fingerprint.compressed_layers[index],
-                "bits_per_value": 8 * layer.bytes_per_token / (2 * layer.features),
-                "key_bits": 8 * layer.keys.quantizer.bytes_per_token / layer.features,
-                "value_bits": 8 * layer.values.quantizer.bytes_per_token / layer.features,
                 "importance": dict.fromkeys(KINDS, 1.0) if importance is None else dict(importance),
                 **figures,
             }
@@ -222,8 +221,18 @@ class CodecFit:
     def finish(self, calibration: dict[str, Any]) -> ModelCodec:
         """Return the codec, on the CPU, with a calibration record that ends with the figures by layer."""
         layers = tuple(layer.to("cpu") for layer in self.layers)
-        record = {**calibration, "layers": self.record}
-        return ModelCodec(self.config, self.fingerprint, layers, record)
+        codec = ModelCodec(self.config, self.fingerprint, layers)
+        record = [
+            {**figures, **self._bits(layer)} for figures, layer in zip(self.record, codec.layers, strict=True)
+        ]
+        return replace(codec, calibration={**calibration, "layers": record})
+
+    def _bits(self, layer: LayerCodec) -> dict[str, float]:
+        """Return the bits that a layer keeps of a value, of its keys' and of its values'."""
+        block = self.config.window.block_tokens
+        kept = [part.kept_bytes_per_token(block) for part in (layer.keys, layer.values)]
+        keys, values = (8 * size / layer.features for size in kept)
+        return {"bits_per_value": (keys + values) / 2, "key_bits": keys, "value_bits": values}
 
     def _keep_errors(
         self,
@@ -345,7 +354,7 @@ class CodecFit:
             blocks = heads if scope == "head" else None
             klt = weighted_klt(covariance, matrix, blocks, floor=_METRIC_HAS_FLOOR)
         size = float((matrix * moments.scatter_yy).sum()) / max(moments.count, 1) / len(matrix)
-        spectrum = Spectrum(klt.variances, importance / max(size, 1e-30), features)
+        spectrum = Spectrum(klt.variances, importance / max(size, 1e-30), features, klt.block_of)
         self._spectra.append(spectrum)
         deviations = klt.variances.sqrt().clamp_min(_LEAST_DEVIATION)
         if self.config.quantizer.kind == "scalar":
@@ -371,7 +380,9 @@ class CodecFit:
         return TensorCodec(mean, predictor, linear, quantizer)
 
     def _widths(self, spectrum: Spectrum) -> Tensor:
-        """Return each coefficient's width, uint8, such that every width fills whole bytes."""
+        """Return each coefficient's width, uint8."""
+        if self.config.quantizer.arithmetic:
+            return self._field_widths(spectrum)
         widths, distortions = level_options(self.config.allocation, self.config.quantizer)
         theta = self.plan.theta
         if theta is None:
@@ -383,6 +394,19 @@ class CodecFit:
             weighted = spectrum.variances * spectrum.weight
         chosen = widths_at(weighted, widths, distortions, theta)
         return fill_bytes(chosen, weighted, widths, distortions)
+
+    def _field_widths(self, spectrum: Spectrum) -> Tensor:
+        """Return widths that fields share and that fill the planes of the plan."""
+        if self.plan.planes is None:
+            planes = plane_plan([spectrum], self.config.allocation)[0]
+        else:
+            planes = self.plan.planes[len(self._spectra) - 1]
+        options = level_options(self.config.allocation, self.config.quantizer)
+        widths = torch.zeros(len(spectrum.variances), dtype=torch.uint8, device=spectrum.variances.device)
+        chosen = allocate_fields(spectrum.energies, *options, planes)
+        for members, width in zip(spectrum.fields, chosen, strict=True):
+            widths[members] = width
+        return widths
 
     def _step(self, spectrum: Spectrum) -> float:
         if self.plan.step is not None:

@@ -24,7 +24,7 @@ from aquakv.errors import CodecFileError
 from aquakv.files import atomic_write
 
 FORMAT = "aquakv-codec"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _HEADER_KEYS = {"format", "format_version", "config", "fingerprint", "calibration"}
 
 

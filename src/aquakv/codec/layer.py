@@ -118,6 +118,12 @@ class TensorCodec:
         )
         return EncodedPages(pack_records(self.quantizer.unpack(codes.words), scales, self.pages, attended))
 
+    def kept_bytes_per_token(self, block_tokens: int) -> float:
+        """Bytes kept for each token of blocks of ``block_tokens``: see `seal`."""
+        if self.pages is None or block_tokens % PAGE_TOKENS:
+            return self.quantizer.bytes_per_token
+        return self.pages.record_bytes / PAGE_TOKENS
+
     def unseal(self, encoded: Encoded, block_tokens: int) -> EncodedVectors:
         """Undo `seal`."""
         if isinstance(encoded, EncodedStreams):
@@ -191,10 +197,7 @@ class LayerCodec:
 
     def kept_bytes_per_token(self, block_tokens: int) -> float:
         """Bytes kept for each token of blocks of ``block_tokens``: see `seal`."""
-        pages = [part.pages for part in (self.keys, self.values) if part.pages is not None]
-        if pages and block_tokens % PAGE_TOKENS == 0:
-            return sum(layout.record_bytes for layout in pages) / PAGE_TOKENS
-        return self.bytes_per_token
+        return sum(part.kept_bytes_per_token(block_tokens) for part in (self.keys, self.values))
 
     def encode(
         self, keys: Tensor, values: Tensor, history: History = ()

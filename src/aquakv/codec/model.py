@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from aquakv.codec.scalar import ScalarQuantizer
 from aquakv.codec.transform import LinearTransform, build_transform
 from aquakv.config import CodecConfig, from_dict, to_dict
 from aquakv.errors import CodecFileError, ConfigError, InputError
+from aquakv.numerics.pages import FIELD_COLUMNS
 
 Derived = TypeVar("Derived")
 Kind = str
@@ -146,12 +147,24 @@ class ModelCodec:
         try:
             config = from_dict(CodecConfig, header["config"], "config")
             fingerprint = from_dict(ModelFingerprint, header["fingerprint"], "fingerprint")
-            layers = _layers_from_tensors(config, fingerprint, dict(tensors))
+            codec = cls(config, fingerprint, _layers_from_tensors(config, fingerprint, dict(tensors)))
+            _require_shared_widths(codec)
         except ConfigError as error:
             raise CodecFileError(f"{path}: not a codec this version can use: {error}") from error
         if not isinstance(header["calibration"], dict):
             raise CodecFileError(f"{path}: expected an object under 'calibration' in the aquakv header")
-        return cls(config, fingerprint, layers, header["calibration"])
+        return replace(codec, calibration=header["calibration"])
+
+
+def _require_shared_widths(codec: ModelCodec) -> None:
+    for index, layer in enumerate(codec.layers):
+        for kind in KINDS:
+            pages = getattr(layer, kind).pages
+            if pages is not None and not pages.uniform:
+                raise ConfigError(
+                    f"tensor layers.{index}.{kind}.widths: expected one width for each field of "
+                    f"{FIELD_COLUMNS} coefficients of a head's keys, or of the values"
+                )
 
 
 def predictor_widths(config: CodecConfig, features: int, layer: int) -> dict[Kind, int]:

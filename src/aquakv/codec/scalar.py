@@ -83,8 +83,8 @@ class ScalarQuantizer:
     deviations
         ``[n]`` float32: calibrated standard deviation of every coefficient, greater than 0.
     widths
-        ``[n]`` uint8: bits of every coefficient, 1 to 8, not increasing. The codes of each width fill whole
-        bytes (`aquakv.numerics.fill_bytes` makes them).
+        ``[n]`` uint8: bits of every coefficient, 1 to 8, not increasing. The codes of each width begin with
+        a byte; `aquakv.numerics.fill_bytes` chooses widths that waste no bits so.
     arithmetic
         Levels that are a cubic of the code (`aquakv.numerics.cubic_levels`), decodable without a table,
         instead of Lloyd-Max levels.
@@ -299,12 +299,7 @@ def _segments(widths: list[int]) -> Iterator[Segment]:
     first = start = 0
     for width, run in groupby(widths):
         count = len(list(run))
-        if count * width % 8:
-            raise ConfigError(
-                f"scalar quantizer: expected codes of each width to fill whole bytes, got {count} of width "
-                f"{width}; use numerics.fill_bytes"
-            )
-        stop = start + count * width // 8
+        stop = start + -(-count * width // 8)
         yield Segment(width, slice(first, first + count), slice(start, stop))
         first, start = first + count, stop
 

@@ -7,6 +7,7 @@ from aquakv.numerics.least_squares import AffineMap, explained_variance, ridge
 from aquakv.numerics.moments import StreamingMoments
 from aquakv.numerics.orthogonal import hadamard, orthogonal_matrix
 from aquakv.numerics.packing import byte_table, pack, packed_words, unpack, unpack_lookup
+from aquakv.numerics.planes import allocate_fields, place_fields, plane_gains, planes_hold
 from aquakv.numerics.rans import EntropyCoded, SymbolTables
 from aquakv.numerics.reduced_rank import reduce_rank
 from aquakv.numerics.water_filling import (
@@ -24,6 +25,7 @@ __all__ = [
     "StreamingMoments",
     "SymbolTables",
     "WeightedKlt",
+    "allocate_fields",
     "allocate_widths",
     "available_grids",
     "byte_table",
@@ -37,6 +39,9 @@ __all__ = [
     "orthogonal_matrix",
     "pack",
     "packed_words",
+    "place_fields",
+    "plane_gains",
+    "planes_hold",
     "reduce_rank",
     "ridge",
     "shrink_covariance",

@@ -22,9 +22,9 @@ lowest) to ``shift + W - 1`` of every byte of one plane::
 
     byte[plane, token, column] = sum over the plane's fields of stored[field, token, column] << shift[field]
 
-Fields are taken group by group, widest first; each goes into the first plane that has W bits left, directly
-above the fields that are there. No field straddles two bytes. Fields of several groups may share a plane, so
-only ends of the last planes are unused; those bits are zero.
+No field straddles two bytes; fields of several groups may share a plane. `aquakv.numerics.place_fields` says
+which plane each field takes: it needs as few planes as possible and keeps a group's fields together where that
+costs none. Bits that no field takes are zero.
 
 A coefficient of width w < W is stored as ``code + (2**W - 2**w) / 2``, which leaves
 ``x = stored - (2**W - 1) / 2 = code - (2**w - 1) / 2`` as it was. Columns without a coefficient (the end of a
@@ -47,6 +47,7 @@ from torch import Tensor
 
 from aquakv.errors import ConfigError, ShapeError
 from aquakv.numerics.cubic_levels import cubic_levels
+from aquakv.numerics.planes import place_fields
 
 PAGE_TOKENS = 64
 FIELD_COLUMNS = 16
@@ -150,6 +151,11 @@ class PageLayout:
         """Bytes of one page's record: planes, scale codes and attended bits."""
         return self.page_bytes + TAIL_BYTES
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all coefficients of each field have its width, so that its levels have one slope and gain."""
+        return all(self.widths[i] == f.width for f in self.fields for i in f.coefficients)
+
     def group_fields(self, group: int) -> tuple[Field, ...]:
         """Return a group's fields, widest first."""
         return tuple(f for f in self.fields if f.group == group)
@@ -175,19 +181,16 @@ class PageLayout:
 
 
 def _fields(widths: tuple[int, ...], groups: tuple[int, ...], num_groups: int) -> Iterator[Field]:
-    """Cut every group into runs of 16 and place each in the first plane with room."""
-    used: list[int] = []
+    """Cut every group into runs of 16, in the order of the groups, and place them in planes."""
+    runs: list[tuple[int, tuple[int, ...]]] = []
     for group in range(num_groups):
         members = [i for i, g in enumerate(groups) if g == group and widths[i]]
         members.sort(key=lambda i: (-widths[i], i))
-        for start in range(0, len(members), FIELD_COLUMNS):
-            run = tuple(members[start : start + FIELD_COLUMNS])
-            width = widths[run[0]]
-            plane = next((p for p, bits in enumerate(used) if bits + width <= 8), len(used))
-            if plane == len(used):
-                used.append(0)
-            yield Field(group, width, plane, used[plane], run)
-            used[plane] += width
+        starts = range(0, len(members), FIELD_COLUMNS)
+        runs += [(group, tuple(members[start : start + FIELD_COLUMNS])) for start in starts]
+    places = place_fields([widths[run[0]] for _, run in runs], [group for group, _ in runs])
+    for (group, run), (plane, shift) in zip(runs, places, strict=True):
+        yield Field(group, widths[run[0]], plane, shift, run)
 
 
 def level_slopes(layout: PageLayout) -> tuple[Tensor, Tensor]:

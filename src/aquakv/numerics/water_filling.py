@@ -84,8 +84,8 @@ def widths_at(
     InputError
         If a variance is negative or not finite.
     """
-    options, errors = _check_options(widths, distortions)
-    _check_variances(variances)
+    options, errors = check_options(widths, distortions)
+    check_variances(variances)
     if not theta >= 0:
         raise ConfigError(f"water-filling: expected a price >= 0, got {theta}")
     return _widths_at(variances, options, errors, theta)
@@ -115,9 +115,9 @@ def theta_for(
     ConfigError, ShapeError, InputError
         As `widths_at`; ConfigError also if ``mean_bits`` is negative or not a number.
     """
-    options, errors = _check_options(widths, distortions)
+    options, errors = check_options(widths, distortions)
     for part in variances:
-        _check_variances(part)
+        check_variances(part)
     pooled = torch.cat([part.cpu() for part in variances]) if len(variances) else torch.empty(0).double()
     return _theta_for(pooled, options, errors, _budget(mean_bits, len(pooled)))
 
@@ -151,8 +151,8 @@ def allocate_widths(
     ConfigError, ShapeError, InputError
         As `theta_for`.
     """
-    options, errors = _check_options(widths, distortions)
-    _check_variances(variances)
+    options, errors = check_options(widths, distortions)
+    check_variances(variances)
     values = variances.cpu()
     budget = _budget(mean_bits, len(values))
     theta = _theta_for(values, options, errors, budget)
@@ -192,8 +192,8 @@ def fill_bytes(
     ConfigError, ShapeError, InputError
         As `widths_at`; ShapeError also if the lengths differ.
     """
-    options, errors = _check_options(widths, distortions)
-    _check_variances(variances)
+    options, errors = check_options(widths, distortions)
+    check_variances(variances)
     if allocation.shape != variances.shape or allocation.dtype != torch.uint8:
         raise ShapeError(
             f"water-filling: expected uint8 widths {list(variances.shape)} like the variances, got "
@@ -314,7 +314,7 @@ def _check_width(width: int) -> None:
         raise ConfigError(f"water-filling: expected widths from 0 to {MAX_WIDTH}, got {width!r}")
 
 
-def _check_options(
+def check_options(
     widths: Sequence[int], distortions: Mapping[int, float]
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return the widths and their distortions."""
@@ -336,7 +336,7 @@ def _check_options(
     return options, errors
 
 
-def _check_variances(variances: Tensor) -> None:
+def check_variances(variances: Tensor) -> None:
     if variances.dim() != 1 or variances.dtype != torch.float64:
         raise ShapeError(
             f"water-filling: expected variances float64 [n], got {variances.dtype} {list(variances.shape)}"
