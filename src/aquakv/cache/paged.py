@@ -281,6 +281,8 @@ class PagedStep(CacheStep):
         all that are real may.
     """
 
+    columns_are_own = True
+
     def __init__(
         self,
         adapter: ModelAdapter,
