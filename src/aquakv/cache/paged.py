@@ -46,7 +46,7 @@ def attends_with_kernels(backend: Backend, head_dim: int, like: Tensor) -> bool:
     ConfigError
         A backend was asked for that cannot run there.
     """
-    chosen = resolve_backend(backend, like)
+    chosen = resolve_backend(backend, like, whole_step=True)
     return backend != "auto" or (chosen == "triton" and head_dim in HEAD_DIMS)
 
 
@@ -99,9 +99,8 @@ class PageTables:
         adapter: ModelAdapter,
         layer_idx: int,
         device: torch.device,
-        dtype: torch.dtype,
     ) -> PageTables:
-        """Build the tables; ``dtype`` is that of the kernels' operands."""
+        """Build the tables."""
         each = layout.window.block_tokens // PAGE_TOKENS
         numbers: list[list[int]] = [[] for _ in range(layout.rows)]
         columns: list[list[int]] = [[] for _ in range(layout.rows)]
@@ -127,7 +126,7 @@ class PageTables:
         rotary = PageRotary.from_model(
             (cos[:-PAGE_TOKENS].view(shape), sin[:-PAGE_TOKENS].view(shape)),
             (cos[-PAGE_TOKENS:], sin[-PAGE_TOKENS:]),
-            dtype,
+            torch.float32,
         )
         return cls(
             on_device(padded(numbers), torch.int32),
@@ -176,7 +175,7 @@ class PagedState:
     def __init__(self, backend: Backend) -> None:
         self.backend: Backend = backend
         self._version = -1
-        self._tables: dict[tuple[torch.device, torch.dtype], PageTables] = {}
+        self._tables: dict[torch.device, PageTables] = {}
         self._outliers: dict[int, OutlierRows] = {}
         self._unmasked: bool | None = None
 
@@ -186,14 +185,12 @@ class PagedState:
         adapter: ModelAdapter,
         layer_idx: int,
         device: torch.device,
-        dtype: torch.dtype,
     ) -> PageTables:
         """Return the tables of the present pages."""
         self._drop_old(layout)
-        key = (device, dtype)
-        if key not in self._tables:
-            self._tables[key] = PageTables.build(layout, adapter, layer_idx, device, dtype)
-        return self._tables[key]
+        if device not in self._tables:
+            self._tables[device] = PageTables.build(layout, adapter, layer_idx, device)
+        return self._tables[device]
 
     def outliers(
         self, layout: TokenLayout, layer_idx: int, outliers: Outliers, tables: PageTables, most: int
@@ -315,9 +312,9 @@ class PagedStep(CacheStep):
         device, layout = key_states.device, self.layout
         keys = torch.cat([exact.tail_keys, key_states.transpose(1, 2)], 1)
         values = torch.cat([exact.tail_values, value_states.transpose(1, 2)], 1)
-        backend = resolve_backend(self.state.backend, key_states)
-        dtype = torch.float16 if backend == "triton" else torch.float32
-        tables = self.state.tables(layout, self.adapter, layer_idx, device, dtype)
+        chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
+        dtype = torch.float32 if chosen == "torch" else torch.float16
+        tables = self.state.tables(layout, self.adapter, layer_idx, device)
         if device not in self._seen:
             self._seen[device] = tables.exact_seen(layout, self.due.first_column, self._mask)
         exact_keys, exact_values = [exact.sink_keys, keys], [exact.sink_values, values]
@@ -339,7 +336,7 @@ class PagedStep(CacheStep):
             torch.cat(exact_keys, 1),
             torch.cat(exact_values, 1),
             torch.cat(seen, 1),
-            backend,
+            self.state.backend,
         )
         self._take_in(layer_idx, codec, pages, exact, keys, values)
         return view, view

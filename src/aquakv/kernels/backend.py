@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aquakv.errors import ConfigError
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "triton", "hopper"]
 
 _log = logging.getLogger(__name__)
 
@@ -22,20 +22,30 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def resolve_backend(backend: Backend, like: Tensor) -> Literal["torch", "triton"]:
+def resolve_backend(
+    backend: Backend, like: Tensor, *, whole_step: bool = False
+) -> Literal["torch", "triton", "hopper"]:
     """Return the backend to use for tensors on the device of ``like``.
 
-    ``auto`` is Triton on CUDA devices if it can be imported, torch otherwise; the choice is logged once.
+    ``auto`` is Triton on CUDA devices if it can be imported, torch otherwise; the choice is logged once. Whether
+    ``hopper`` supports a layer too is for `aquakv.kernels.hopper` to say; it runs whole steps only.
 
     Raises
     ------
     ConfigError
-        The backend is unknown, or is ``triton`` and cannot run here.
+        The backend is unknown, or was asked for and cannot run here.
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "torch":
         return "torch"
+    if backend == "hopper":
+        from aquakv.kernels import hopper
+
+        reason = hopper.why_not_on(like.device) if whole_step else "it takes whole steps only (attend_codes)"
+        if reason is not None:
+            raise ConfigError(f"backend hopper: {reason}; choose triton or auto")
+        return "hopper"
     installed, on_gpu = find_spec("triton") is not None, like.device.type == "cuda"
     if backend == "auto":
         return _auto(installed and on_gpu, like.device.type)

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from aquakv.kernels.backend import Backend
+from aquakv.errors import ConfigError
+from aquakv.kernels import hopper
+from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.codes import PagedCodes
 from aquakv.kernels.combine import combine
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.rotary import PageRotary
-from aquakv.kernels.scores import next_latents, scores
+from aquakv.kernels.scores import check_step, next_latents, scores
 from aquakv.kernels.weighted_code_sum import weighted_code_sum
 
 __all__ = ["CodedAttention", "DecodeOperands", "PageRotary", "PagedCodes", "attend_codes"]
@@ -63,7 +65,8 @@ def attend_codes(
     scaling, softcap
         Scores are ``scaling * query · key``, then ``softcap * tanh(score / softcap)`` if it is given.
     backend
-        ``auto`` is Triton on a GPU and the plain-torch definition elsewhere.
+        ``auto`` is ``hopper`` on GPUs of that kind where it supports the layer, Triton on other GPUs and the
+        plain-torch definition elsewhere.
 
     Raises
     ------
@@ -72,6 +75,14 @@ def attend_codes(
     ConfigError
         The backend cannot run here.
     """
+    chosen = resolve_backend(backend, query, whole_step=True)
+    if chosen == "hopper" or (backend == "auto" and chosen == "triton"):
+        check_step(query, codes, latents, operands)
+        reason = hopper.why_not(query, operands, rotary) if codes.pages else "expected pages, got none"
+        if reason is None:
+            return CodedAttention(*hopper.attend(query, codes, latents, operands, rotary, scaling, softcap))
+        if chosen == "hopper":
+            raise ConfigError(f"backend hopper: {reason}; choose triton or auto")
     scored = scores(
         query, codes, latents, operands, rotary, scaling=scaling, softcap=softcap, backend=backend
     )

@@ -1,1 +1,113 @@
-"""Hopper kernels (sm_90): attention to codes by asynchronous matrix products, compiled at run time."""
+"""Kernels for Hopper GPUs (sm_90): attention to codes by asynchronous matrix products, compiled at run time.
+
+The same four operations as in the folders beside this one, with intermediate results of their own form, so they
+come as a whole. The plain-torch definitions are those of `aquakv.kernels.scores`, `.weighted_code_sum` and
+`.combine`.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from aquakv.kernels.codes import PagedCodes
+from aquakv.kernels.hopper import decode
+from aquakv.kernels.hopper.compiler import nvrtc_path
+from aquakv.kernels.hopper.operands import MAX_GROUP, HopperOperands, unsupported
+from aquakv.kernels.operands import DecodeOperands
+from aquakv.kernels.rotary import PageRotary
+
+_log = logging.getLogger(__name__)
+_operands: WeakKeyDictionary[DecodeOperands, HopperOperands | str] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[PageRotary, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+@lru_cache(maxsize=16)
+def why_not_on(device: torch.device) -> str | None:
+    """Return why these kernels cannot run on a device, or None; logged once for CUDA devices."""
+    if device.type != "cuda":
+        return f"expected tensors on a CUDA device, got {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        reason = f"expected a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
+    elif nvrtc_path() is None:
+        reason = "NVRTC was not found; install nvidia-cuda-nvrtc"
+    else:
+        _log.info("decode kernels on %s: hopper", torch.cuda.get_device_name(device))
+        return None
+    _log.info("decode kernels on %s: not hopper: %s", torch.cuda.get_device_name(device), reason)
+    return reason
+
+
+def why_not(query: Tensor, operands: DecodeOperands, rotary: PageRotary) -> str | None:
+    """Return why these kernels cannot take a step, or None."""
+    reason = why_not_on(query.device)
+    if reason is not None:
+        return reason
+    group = query.shape[1] // operands.num_kv_heads
+    if group > MAX_GROUP:
+        return f"expected at most {MAX_GROUP} query heads a KV head, got {group}"
+    if query.shape[1] > 64:
+        return f"expected at most 64 query heads, got {query.shape[1]}"
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"expected float32, float16 or bfloat16 queries, got {query.dtype}"
+    found = _arranged(operands, rotary)
+    return found if isinstance(found, str) else None
+
+
+def attend(
+    query: Tensor,
+    codes: PagedCodes,
+    latents: Tensor | None,
+    operands: DecodeOperands,
+    rotary: PageRotary,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return output, log-sum-exp and next latents; see `aquakv.kernels.attend_codes`.
+
+    A layer's operands are arranged at its first step, which waits for the device; later steps do not.
+    `why_not` must find nothing.
+    """
+    arranged = _arranged(operands, rotary)
+    assert isinstance(arranged, HopperOperands)
+    if latents is not None and latents.dtype != torch.float16:
+        latents = latents.half()
+    shared = _turns.setdefault(rotary, {})
+    key = (arranged.fast_pairs, arranged.slow_pairs, arranged.plain.head_dim)
+    if key not in shared:
+        shared[key] = arranged.page_turns(rotary)
+    pages = codes.key_pages, codes.table, codes.lengths
+    scored, maxima = decode.scores(
+        query.contiguous(), *pages, latents, arranged, shared[key], scaling, softcap
+    )
+    following = decode.next_latents(*pages, latents, arranged) if operands.next_width else None
+    means, totals = decode.code_sums(
+        scored, maxima, codes.key_pages, codes.value_pages, codes.table, codes.lengths, latents, arranged
+    )
+    out, lse = decode.combine(means, totals, maxima, arranged)
+    return out, lse, following
+
+
+def _arranged(operands: DecodeOperands, rotary: PageRotary) -> HopperOperands | str:
+    """Return a layer's operands for these kernels, or why they do not support it; kept with the operands."""
+    if operands not in _operands:
+        reason = unsupported(operands)
+        if reason is None:
+            arranged = HopperOperands.build(operands, rotary)
+            sizes = decode.score_shared_bytes(arranged), decode.latent_shared_bytes(arranged)
+            if max(sizes) > decode.MAX_BLOCK_BYTES:
+                reason = (
+                    f"operands need {max(sizes)} bytes of shared memory, there are {decode.MAX_BLOCK_BYTES}"
+                )
+            else:
+                _operands[operands] = arranged
+        if reason is not None:
+            _log.info("decode kernels: not hopper: %s", reason)
+            _operands[operands] = reason
+    return _operands[operands]

@@ -207,6 +207,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
                     if (warp * 16 < RANK) {
                         const int from = 16 * k + (lane & 7) + ((lane >> 4) << 3);
                         load_transposed(base + Shared::latents + buffer * LATENT_BYTES + latent_place(from, 2 * warp + ((lane >> 3) & 1)), codes[k]);
+                        // What nobody attends to may be no number: nothing times a finite number is nothing. What is
+                        // attended to and no number has no score either, so that its weight says so.
+#pragma unroll
+                        for (int i = 0; i < 4; i++) codes[k][i] = finite_half2(codes[k][i]);
                     }
                 }
                 keep(sum[t]);

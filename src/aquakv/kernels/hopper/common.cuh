@@ -21,9 +21,12 @@ DEVICE u32 hfma2(u32 a, u32 b, u32 c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
-DEVICE u32 both_low(u32 a) { u32 d; asm("prmt.b32 %0, %1, %1, 0x1010;" : "=r"(d) : "r"(a)); return d; }
-DEVICE u32 both_high(u32 a) { u32 d; asm("prmt.b32 %0, %1, %1, 0x3232;" : "=r"(d) : "r"(a)); return d; }
-DEVICE u32 swapped(u32 a) { u32 d; asm("prmt.b32 %0, %1, %1, 0x1032;" : "=r"(d) : "r"(a)); return d; }
+// Infinity and not-a-number become the largest numbers.
+DEVICE u32 finite_half2(u32 a) {
+    u32 d;
+    asm("{.reg .b32 t; max.f16x2 t, %1, %2; min.f16x2 %0, t, %3;}" : "=r"(d) : "r"(a), "r"(0xFBFFFBFFu), "r"(0x7BFF7BFFu));
+    return d;
+}
 DEVICE float low_float(u32 a) {
     float d;
     asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(d) : "r"(a));

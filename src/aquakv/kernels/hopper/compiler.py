@@ -23,7 +23,12 @@ _lock = threading.Lock()
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    ]
 
 
 class _Launch(ctypes.Structure):
@@ -74,7 +79,9 @@ def compile_source(source: str, name: str, architecture: str = _ARCHITECTURE) ->
     """
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
-    _require(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None))
+    _require(
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None)
+    )
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), array)
@@ -102,7 +109,12 @@ class Kernel:
     """
 
     def __init__(
-        self, name: str, constants: Mapping[str, int], products: Mapping[str, int], shared_bytes: int, device: int
+        self,
+        name: str,
+        constants: Mapping[str, int],
+        products: Mapping[str, int],
+        shared_bytes: int,
+        device: int,
     ) -> None:
         self.name = name
         binary, self.remarks = compile_source(source_of(name, constants, products), name)
@@ -139,7 +151,9 @@ class Kernel:
                 values.append(ctypes.c_float(argument))
             else:
                 values.append(ctypes.c_int(argument))
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values))
+        pointers = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values)
+        )
         attribute = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, 1, b"")
         launch = _Launch(*grid, 1, block, 1, 1, shared_bytes, torch.cuda.current_stream().cuda_stream)
         launch.attributes, launch.num_attributes = ctypes.pointer(attribute), int(dependent)
@@ -156,7 +170,11 @@ _kernels: dict[tuple[Any, ...], Kernel] = {}
 
 
 def kernel(
-    name: str, constants: Mapping[str, int], products: Mapping[str, int], shared_bytes: int, device: torch.device
+    name: str,
+    constants: Mapping[str, int],
+    products: Mapping[str, int],
+    shared_bytes: int,
+    device: torch.device,
 ) -> Kernel:
     """Return a compiled kernel; each combination is compiled once in a process."""
     index = torch.cuda.current_device() if device.index is None else device.index

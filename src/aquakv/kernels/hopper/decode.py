@@ -8,12 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from aquakv.kernels.hopper.compiler import Kernel, kernel
-from aquakv.kernels.hopper.operands import HopperOperands, score_splits
+from aquakv.kernels.hopper.compiler import kernel
+from aquakv.kernels.hopper.operands import HopperOperands
 from aquakv.kernels.pages import PAGE_TOKENS
 
-#: Shared memory of a multiprocessor, and the part that every block needs besides its own.
-MULTIPROCESSOR_BYTES, BLOCK_RESERVE = 228 * 1024, 1024
+#: Most shared memory of a block.
 MAX_BLOCK_BYTES = 227 * 1024
 
 _TEAMS = 3  # warpgroups of a block
@@ -38,13 +37,9 @@ def scores(
     plain = operands.plain
     rows, query_heads, dim = query.shape
     num_pages, heads, rank = table.shape[1], plain.num_kv_heads, plain.latent_width
-    fast, pairs = 2 * operands.fast_pairs, operands.fast_pairs + operands.slow_pairs
+    fast = 2 * operands.fast_pairs
     fields = operands.head_fields
-    blocks = -(-(fields + rank // 16) // 4)
-    query_blocks = -(-fast // 64)
-    own = (blocks * (fast // 8 + 1) + 8 * blocks + 8 * query_blocks + 1) * 1024
-    shared = blocks * 8 * 1024 + _TEAMS * own
-    shared += 5 * pairs * 8 + operands.slow_pairs * 4 + fields * _FIELD_BYTES + fast * 4 + 16
+    shared = score_shared_bytes(operands)
     constants = {
         "KV_HEADS": heads,
         "GROUP": query_heads // heads,
@@ -57,8 +52,10 @@ def scores(
         "SOFTCAP": int(softcap is not None),
         "DEPENDENT": 1,
     }
-    run = kernel("scores", constants, {"wgmma_64": 64, "wgmma_columns": fast + 8, "wgmma_8": 8}, shared, query.device)
-    splits = _TEAMS * score_splits(_multiprocessors(query.device), 1, rows * heads, -(-num_pages // _TEAMS))
+    run = kernel(
+        "scores", constants, {"wgmma_64": 64, "wgmma_columns": fast + 8, "wgmma_8": 8}, shared, query.device
+    )
+    splits = _TEAMS * splits_in_one_round(query.device, rows * heads, -(-num_pages // _TEAMS))
     out = torch.empty(rows, num_pages, query_heads, PAGE_TOKENS, dtype=torch.float32, device=query.device)
     maxima = torch.empty(rows, query_heads, splits, dtype=torch.float32, device=query.device)
     run(
@@ -89,6 +86,15 @@ def scores(
         dependent=True,
     )
     return out, maxima
+
+
+def score_shared_bytes(operands: HopperOperands) -> int:
+    """Return the shared memory that `scores` needs; `Shared` of scores.cu says for what."""
+    fast, pairs = 2 * operands.fast_pairs, operands.fast_pairs + operands.slow_pairs
+    blocks = -(-(operands.head_fields + operands.plain.latent_width // 16) // 4)
+    own = (blocks * (fast // 8 + 1) + 8 * blocks + 8 * -(-fast // 64) + 1) * 1024
+    rest = 5 * pairs * 8 + operands.slow_pairs * 4 + operands.head_fields * _FIELD_BYTES + fast * 4 + 16
+    return blocks * 8 * 1024 + _TEAMS * own + rest
 
 
 def next_latents(
@@ -188,7 +194,7 @@ def code_sums(
         scored.device,
     )
     slabs = key_slabs + value_slabs
-    splits = score_splits(_multiprocessors(scored.device), 1, rows * slabs, num_pages)
+    splits = splits_in_one_round(scored.device, rows * slabs, num_pages)
     slots = (key_tiles + value_tiles) * 64 + rank
     members = -(-group // 2) * 2
     means = torch.empty(
@@ -271,6 +277,11 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
     return out, lse
 
 
+def splits_in_one_round(device: torch.device, programs: int, pages: int) -> int:
+    """Return into how many splits to cut a row's pages so that no multiprocessor has a second block."""
+    return max(1, min(pages, _multiprocessors(device) // max(1, programs)))
+
+
 def _counters(count: int, device: torch.device) -> Tensor:
     """Return zeros that the kernel leaves as zeros, one set for every stream."""
     stream = torch.cuda.current_stream(device)
@@ -284,6 +295,3 @@ def _counters(count: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-__all__ = ["Kernel", "code_sums", "combine", "next_latents", "scores"]

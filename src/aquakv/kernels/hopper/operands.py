@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from aquakv.errors import ConfigError
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
+from aquakv.kernels.rotary import PageRotary
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
 
 #: Pairs of coordinates that turn by less than this angle (radians) within half a page are not rotated token by
@@ -37,8 +37,9 @@ class HopperOperands:
         Pairs of coordinates that are rotated token by token, and those that are not; each padded.
     score_images
         uint8: synthesis and its slow part, for every KV head.
-    score_offsets, pair_order, pair_angles, offset_turns
-        Tables in the order of the pairs, by falling angle.
+    score_offsets, pair_order, pair_index, pair_angles, offset_turns
+        Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair is in
+        rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns within a page.
     score_fields, sum_fields
         ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
     latent_images
@@ -53,6 +54,7 @@ class HopperOperands:
     score_images: Tensor
     score_offsets: Tensor
     pair_order: Tensor
+    pair_index: Tensor
     pair_angles: Tensor
     offset_turns: Tensor
     score_fields: Tensor
@@ -66,15 +68,15 @@ class HopperOperands:
         return self.score_fields.shape[1]
 
     @classmethod
-    def build(cls, plain: DecodeOperands, inverse_frequencies: Tensor) -> HopperOperands:
-        """Arrange a layer's operands.
+    def build(cls, plain: DecodeOperands, rotary: PageRotary) -> HopperOperands:
+        """Arrange a layer's operands; waits for the device.
 
         Parameters
         ----------
         plain
             float16 operands.
-        inverse_frequencies
-            ``[rotary_dim / 2]``: angle of each pair per position.
+        rotary
+            Tables of any pages, float32 offsets for full accuracy: the pairs' angles are taken from them.
 
         Raises
         ------
@@ -83,12 +85,11 @@ class HopperOperands:
         """
         reason = unsupported(plain)
         if reason is not None:
-            raise ConfigError(f"backend hopper: {reason}")
+            raise ConfigError(f"backend hopper: {reason}; choose triton")
         dim, heads = plain.head_dim, plain.num_kv_heads
         device = plain.score_synthesis.device
         half = dim // 2
-        angles = torch.zeros(half, dtype=torch.float64)
-        angles[: len(inverse_frequencies)] = inverse_frequencies.double().cpu()
+        angles = torch.nn.functional.pad(pair_angles(rotary), (0, half - plain.rotary_dim // 2))
         by_angle = angles.abs().argsort(descending=True, stable=True)
         fast, slow = split_pairs(angles, dim)
         order = torch.full((fast + slow,), -1, dtype=torch.int64)
@@ -113,11 +114,11 @@ class HopperOperands:
         padding = CHUNK_SLOTS - still.shape[-1]
         slow_rows = torch.nn.functional.pad(still, (0, padding)).unflatten(1, (-1, CHUNK_SLOTS))
         images = torch.cat([synthesis, _images(slow_rows).flatten(1)], 1)
-        offsets = torch.nn.functional.pad(plain.key_offset, (0, 1))[:, columns.flatten().to(device) % (dim + 1)]
-        tables = (plain.keys.layout, plain.values.layout)
-        by_head = [
-            _describe(tables[0], tables[0].group_fields(head), head_fields) for head in range(heads)
+        offsets = torch.nn.functional.pad(plain.key_offset, (0, 1))[
+            :, columns.flatten().to(device) % (dim + 1)
         ]
+        tables = (plain.keys.layout, plain.values.layout)
+        by_head = [_describe(tables[0], tables[0].group_fields(head), head_fields) for head in range(heads)]
         chunks = (plain.keys.chunks, plain.values.chunks)
         sums = [_describe(t, t.fields, 4 * n) for t, n in zip(tables, chunks, strict=True)]
         spread = angles[by_angle]
@@ -140,6 +141,7 @@ class HopperOperands:
             images.contiguous(),
             offsets.float().contiguous(),
             coordinate[columns].int().contiguous().to(device),
+            torch.where(order >= 0, order, half).to(device),
             (torch.nn.functional.pad(spread, (0, fast + slow - half)) * 32).float().to(device),
             turns.to(device),
             torch.stack(by_head).to(device),
@@ -148,29 +150,30 @@ class HopperOperands:
             plain.epilogue.transpose(1, 2).contiguous(),
         )
 
-    def page_turns(self, inverse_frequencies: Tensor, page_positions: Tensor, factor: float = 1.0) -> Tensor:
-        """Return cosines and sines at the pages' centres in the order of the pairs.
+    def page_turns(self, rotary: PageRotary) -> Tensor:
+        """Return cosines and sines at the pages' centres, ``[rows, pages, pairs, 2]`` float32, pairs in order."""
+        turning = rotary.page_cos.shape[-1]
+        centre = (self.pair_angles.double() * ((PAGE_TOKENS - 1) / 2 / 32)).float()
+        order = self.pair_index
+        still = order >= turning
+        index = order.clamp(max=turning - 1) if turning else order
+        if not turning:
+            ones = rotary.page_cos.new_ones(*rotary.page_cos.shape[:2], len(order))
+            return torch.stack([ones, torch.zeros_like(ones)], -1)
+        start_cos = rotary.page_cos[..., index].masked_fill(still, 1.0)
+        start_sin = rotary.page_sin[..., index].masked_fill(still, 0.0)
+        cos, sin = centre.cos(), centre.sin()
+        both = start_cos * cos - start_sin * sin, start_sin * cos + start_cos * sin
+        return torch.stack(both, -1)
 
-        Parameters
-        ----------
-        inverse_frequencies
-            As for `build`.
-        page_positions
-            ``[rows, pages]``: position of the first token of every page; its tokens follow one by one.
-        factor
-            The model's factor on cosines and sines.
 
-        Returns
-        -------
-        Tensor
-            ``[rows, pages, pairs, 2]`` float32.
-        """
-        angles = inverse_frequencies.new_zeros(self.plain.head_dim // 2, dtype=torch.float64)
-        angles[: len(inverse_frequencies)] = inverse_frequencies.double()
-        angles = angles[angles.abs().argsort(descending=True, stable=True)]
-        angles = torch.nn.functional.pad(angles, (0, self.fast_pairs + self.slow_pairs - len(angles)))
-        turn = (page_positions[..., None].double() + (PAGE_TOKENS - 1) / 2) * angles
-        return (torch.stack([turn.cos(), turn.sin()], -1) * factor).float().contiguous()
+def pair_angles(rotary: PageRotary) -> Tensor:
+    """Return the angle of every pair per position, float64 on the host, from tables of offsets."""
+    cos, sin = rotary.offset_cos.double().cpu(), rotary.offset_sin.double().cpu()
+    angles = torch.atan2(sin[1], cos[1])
+    last = PAGE_TOKENS - 1
+    # A small angle is told better from many steps of it.
+    return torch.where(angles.abs() * last < 1, torch.atan2(sin[last], cos[last]) / last, angles)
 
 
 def split_pairs(angles: Tensor, dim: int) -> tuple[int, int]:
@@ -189,6 +192,8 @@ def unsupported(plain: DecodeOperands) -> str | None:
     """Return why the kernels cannot run a layer, or None."""
     if plain.head_dim not in (64, 128):
         return f"expected heads of 64 or 128, got {plain.head_dim}"
+    if not (plain.keys.layout.fields and plain.values.layout.fields):
+        return "expected codes of keys and of values"
     if plain.epilogue.dtype != torch.float16:
         return f"expected float16 operands, got {plain.epilogue.dtype}"
     if plain.keys.layout.max_group_fields > MAX_HEAD_FIELDS:
@@ -244,8 +249,3 @@ def _images(rows: Tensor) -> Tensor:
 def _pad_slots(matrix: Tensor) -> Tensor:
     missing = -len(matrix) % CHUNK_SLOTS
     return torch.nn.functional.pad(matrix, (0, 0, 0, missing))
-
-
-def score_splits(multiprocessors: int, resident: int, programs: int, pages: int) -> int:
-    """Return into how many splits to cut a row's pages so that one round of blocks fills the GPU."""
-    return max(1, min(pages, math.floor(multiprocessors * resident / max(1, programs))))

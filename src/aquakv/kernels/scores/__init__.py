@@ -15,7 +15,7 @@ from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.rotary import PageRotary
 from aquakv.kernels.scores import reference
 
-__all__ = ["Scores", "next_latents", "scores"]
+__all__ = ["Scores", "check_step", "next_latents", "scores"]
 
 
 class Scores(NamedTuple):
@@ -71,14 +71,8 @@ def scores(
         The backend cannot run here.
     """
     chosen = resolve_backend(backend, query)
-    codes.check(operands)
-    _check_latents(latents, codes, operands)
-    rows, query_heads, dim = query.shape
-    if rows != codes.rows or dim != operands.head_dim or query_heads % operands.num_kv_heads:
-        raise ShapeError(
-            f"scores: expected query [{codes.rows}, multiple of {operands.num_kv_heads}, "
-            f"{operands.head_dim}], got {list(query.shape)}"
-        )
+    check_step(query, codes, latents, operands)
+    rows = len(query)
     if chosen == "torch":
         return Scores(*reference.scores(query, codes, latents, operands, rotary, scaling, softcap))
     operands.require_triton()
@@ -119,6 +113,18 @@ def next_latents(
     from aquakv.kernels.scores import triton
 
     return triton.next_latents(codes, latents, operands)
+
+
+def check_step(query: Tensor, codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands) -> None:
+    """Raise `ShapeError` unless a step's tensors fit a layer's operands."""
+    codes.check(operands)
+    _check_latents(latents, codes, operands)
+    rows, query_heads, dim = query.shape
+    if rows != codes.rows or dim != operands.head_dim or query_heads % operands.num_kv_heads:
+        raise ShapeError(
+            f"scores: expected query [{codes.rows}, multiple of {operands.num_kv_heads}, "
+            f"{operands.head_dim}], got {list(query.shape)}"
+        )
 
 
 def _check_latents(latents: Tensor | None, codes: PagedCodes, operands: DecodeOperands) -> None:

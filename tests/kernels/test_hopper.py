@@ -1,0 +1,254 @@
+"""Hopper kernels: their operands everywhere, compiling where NVRTC is, the kernels on a Hopper GPU."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from decode_cases import SHAPES, Shape, codes_to, make_case
+
+from aquakv.errors import ConfigError
+from aquakv.kernels import attend_codes, hopper
+from aquakv.kernels.hopper.compiler import compile_source, nvrtc_path, source_of
+from aquakv.kernels.hopper.operands import HopperOperands, pair_angles, split_pairs, unsupported
+from aquakv.kernels.rotary import PageRotary
+
+#: Fields of 16 that have one width each, as codecs of the preset have them.
+UNIFORM = tuple(width for width in (4, 3, 2, 1) for _ in range(16))
+FITTING = {
+    "plain": Shape(widths=UNIFORM, key_coefficients=(64, 48), value_coefficients=80),
+    "wide heads, group of 4": Shape(
+        head_dim=128,
+        group=4,
+        rank=64,
+        next_rank=64,
+        key_coefficients=(128, 96),
+        value_coefficients=256,
+        widths=UNIFORM,
+        masked=True,
+    ),
+    "eight heads, long rows": Shape(
+        head_dim=128,
+        kv_heads=8,
+        group=4,
+        rank=16,
+        next_rank=32,
+        key_coefficients=(64,) * 8,
+        value_coefficients=576,
+        widths=UNIFORM,
+        lengths=(2000, 64, 1999),
+        pages=32,
+        masked=True,
+    ),
+    "group of 3": Shape(
+        group=3,
+        kv_heads=3,
+        key_coefficients=(64, 16, 32),
+        value_coefficients=16,
+        widths=UNIFORM,
+        masked=True,
+    ),
+    "first layer": Shape(
+        rank=0, group=1, value_map=False, key_coefficients=(64, 64), value_coefficients=64, widths=UNIFORM
+    ),
+    "last layer": Shape(
+        next_rank=0,
+        rank=32,
+        softcap=20.0,
+        key_coefficients=(64, 64),
+        value_coefficients=128,
+        widths=UNIFORM,
+    ),
+    "partial rotary": Shape(
+        rotary_dim=32,
+        lengths=(70, 0),
+        pages=2,
+        key_coefficients=(64, 64),
+        value_coefficients=128,
+        widths=UNIFORM,
+    ),
+}
+#: Float16 operands, and a polynomial of first order for slow pairs.
+TOLERANCE = 2e-3
+
+
+def on_hopper(test):
+    missing = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs a Hopper GPU")(test))
+
+
+def relative_error(actual, expected):
+    assert actual.shape == expected.shape
+    same = actual == expected
+    difference = torch.where(same, 0.0, actual.double() - expected.double())
+    return float(difference.norm() / expected[expected.isfinite()].double().norm().clamp(min=1e-9))
+
+
+def step_of(case, device="cpu"):
+    operands = case.operands(torch.float16).to(device)
+    rotary = case.rotary(torch.float32)
+    rotary = PageRotary(*(table.to(device) for table in vars(rotary).values()))
+    latents = case.stored_latents(operands.latent_width, torch.float16)
+    latents = None if latents is None else latents.to(device)
+    return case.query.half().to(device), codes_to(case.codes(), device), latents, operands, rotary
+
+
+def from_image(image, rows):
+    """Undo the arrangement of a right operand: bytes to ``[rows, k]``."""
+    blocks = image.view(torch.float16).view(-1, rows, 8, 8)
+    plain = torch.empty_like(blocks)
+    for row in range(rows):
+        for chunk in range(8):
+            plain[:, row, chunk] = blocks[:, row, chunk ^ (row % 8)]
+    return plain.transpose(0, 1).reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_images_hold_the_operands(name):
+    case = make_case(FITTING[name])
+    plain, rotary = case.operands(torch.float16), case.rotary(torch.float32)
+    arranged = HopperOperands.build(plain, rotary)
+    half, fast = plain.head_dim // 2, arranged.fast_pairs
+    columns = 2 * fast + 8
+    steps = arranged.head_fields + plain.latent_width // 16
+    size = -(-steps // 4) * columns * 128
+    pairs = arranged.pair_index.tolist()
+    # A thread's four neighbouring columns of a field are products' columns 2q, 2q + 1, 2q + 8, 2q + 9.
+    places = [4 * ((k % 8) // 2) + k % 2 + 2 * (k // 8) for k in range(16)]
+    for head in range(plain.num_kv_heads):
+        image = from_image(arranged.score_images[head, :size], columns)
+        slow = arranged.score_images[head, size:].view(-1, 64 * 128)
+        rows = plain.score_synthesis[head]
+        for field in range(arranged.head_fields):
+            for k, place in enumerate(places):
+                slot = field * 16 + place
+                expected = rows[slot] if slot < len(rows) else torch.zeros(plain.head_dim).half()
+                for number, pair in enumerate(pairs):
+                    if pair >= half:
+                        continue
+                    if number < fast:
+                        at = number // 8 * 16 + number % 8
+                        got = image[[at, at + 8], field * 16 + k]
+                    else:
+                        block = from_image(slow[field // 4], 64)
+                        got = block[field % 4 * 16 + k, [2 * (number - fast), 2 * (number - fast) + 1]]
+                    assert torch.equal(got, expected[[pair, pair + half]])
+    assert sorted(p for p in pairs if p < half) == list(range(half))
+
+
+def test_angles_come_from_the_tables():
+    frequencies = 500000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
+    rotary = PageRotary.build(frequencies, torch.zeros(1, 1), dtype=torch.float32)
+    torch.testing.assert_close(pair_angles(rotary), frequencies, rtol=1e-6, atol=1e-9)
+    fast, slow = split_pairs(frequencies, 128)
+    assert (fast, slow) == (32, 32)
+    assert float(32 * frequencies[fast]) < 0.1
+    arranged_at = PageRotary.build(frequencies, torch.tensor([[0, 64000]]), dtype=torch.float32)
+    case = make_case(FITTING["wide heads, group of 4"])
+    arranged = HopperOperands.build(case.operands(torch.float16), arranged_at)
+    turns = arranged.page_turns(arranged_at)
+    angle = torch.tensor([31.5, 64031.5], dtype=torch.float64)[:, None] * frequencies[arranged.pair_index]
+    torch.testing.assert_close(turns[0, ..., 0].double(), angle.cos(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(turns[0, ..., 1].double(), angle.sin(), rtol=0, atol=2e-6)
+
+
+def test_what_is_not_supported_is_told():
+    reasons = {name: unsupported(make_case(SHAPES[name]).operands(torch.float16)) for name in SHAPES}
+    assert "one width for all coefficients" in reasons["plain"]
+    assert "heads of 64 or 128, got 256" in reasons["heads of 256"]
+    assert "codes of keys and of values" in reasons["no key codes"]
+    assert "float16" in unsupported(make_case(FITTING["plain"]).operands(torch.float32))
+    step = step_of(make_case(FITTING["plain"]))
+    with pytest.raises(ConfigError, match="backend hopper: expected tensors on a CUDA device, got cpu"):
+        attend_codes(*step, scaling=1.0, backend="hopper")
+
+
+@pytest.mark.skipif(nvrtc_path() is None, reason="needs NVRTC")
+@pytest.mark.parametrize(
+    ("name", "constants", "products"),
+    [
+        (
+            "scores",
+            {"DIM": 128, "FAST": 64, "SLOW": 64, "FIELDS": 8, "RANK": 64, "QUERY": 2, "SOFTCAP": 0},
+            {"wgmma_64": 64, "wgmma_columns": 72, "wgmma_8": 8},
+        ),
+        (
+            "scores",
+            {"DIM": 64, "FAST": 48, "SLOW": 16, "FIELDS": 4, "RANK": 0, "QUERY": 0, "SOFTCAP": 1},
+            {"wgmma_64": 64, "wgmma_columns": 56, "wgmma_8": 8},
+        ),
+        ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
+        ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),
+        ("code_sum", {"QUERIES": 32, "TILES": 6, "RANK": 64, "STAGES": 4}, {"wgmma_queries": 32}),
+        ("code_sum", {"QUERIES": 64, "TILES": 3, "RANK": 16, "STAGES": 2}, {"wgmma_queries": 64}),
+        ("combine", {"QUERIES": 32, "DIM": 128}, {}),
+    ],
+)
+def test_kernels_compile_without_spills_or_serialised_products(name, constants, products):
+    shape = {"KV_HEADS": 8, "GROUP": 4, "DEPENDENT": 1}
+    binary, remarks = compile_source(source_of(name, shape | constants, products), name)
+    assert len(binary) > 1000
+    assert "serialized" not in remarks
+    assert "0 bytes spill stores" in remarks
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", FITTING)
+def test_steps_equal_the_definition(name, dtype):
+    case = make_case(FITTING[name], seed=1)
+    query, *rest = step_of(case, "cuda")
+    query = query.to(dtype)
+    options = {"scaling": case.scaling, "softcap": case.shape.softcap}
+    expected = attend_codes(query, *rest, **options, backend="torch")
+    got = attend_codes(query, *rest, **options, backend="hopper")
+    assert not got.out.isnan().any()
+    assert relative_error(got.out, expected.out) < TOLERANCE
+    assert relative_error(got.lse, expected.lse) < TOLERANCE
+    if expected.next_latents is not None:
+        for row, length in enumerate(case.shape.lengths):
+            if length:
+                part = got.next_latents[row, :length], expected.next_latents[row, :length]
+                assert relative_error(*part) < TOLERANCE
+    # Once more: counters are as they were, and nothing depends on chance.
+    again = attend_codes(query, *rest, **options, backend="hopper")
+    assert torch.equal(again.out, got.out)
+    assert torch.equal(again.lse, got.lse)
+
+
+@on_hopper
+def test_steps_can_be_captured_in_a_graph():
+    case = make_case(FITTING["wide heads, group of 4"], seed=2)
+    query, *rest = step_of(case, "cuda")
+    query, scaling = query.clone(), case.scaling
+    attend_codes(query, *rest, scaling=scaling, backend="hopper")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend_codes(query, *rest, scaling=scaling, backend="hopper")
+    query.mul_(-0.5)
+    graph.replay()
+    expected = attend_codes(query, *rest, scaling=scaling, backend="torch")
+    assert relative_error(captured.out, expected.out) < TOLERANCE
+
+
+@on_hopper
+def test_a_lost_token_is_seen_only_if_it_is_attended_to():
+    shape = replace(FITTING["wide heads, group of 4"], masked=False)
+    case = make_case(shape, seed=3)
+    scales = case.scales.clone()
+    scales[:, 0, 5] = 255
+    case.scales = scales
+    hidden = torch.ones(2, shape.pages * 64, dtype=torch.bool)
+    for seen in (True, False):
+        hidden[0, 5] = seen
+        case.attended = hidden
+        got = attend_codes(*step_of(case, "cuda"), scaling=case.scaling, backend="hopper")
+        assert bool(got.out[0].isnan().any()) == seen
+        assert not got.out[1].isnan().any()
+
+
+@on_hopper
+def test_auto_chooses_it():
+    query, codes, latents, operands, rotary = step_of(make_case(FITTING["plain"]), "cuda")
+    assert hopper.why_not(query, operands, rotary) is None
+    assert math.isfinite(float(attend_codes(query, codes, latents, operands, rotary, scaling=1.0).lse[0, 0]))
