@@ -121,9 +121,7 @@ def test_allocation_is_optimal(energies, options, planes):
         tuple(reversed(widths)) for widths in itertools.combinations_with_replacement(options, len(energies))
     ]
     held = planes_hold(torch.tensor([counts_of(widths) for widths in candidates]), planes).tolist()
-    best = min(
-        distortion(falling, widths) for widths, fits in zip(candidates, held, strict=True) if fits
-    )
+    best = min(distortion(falling, widths) for widths, fits in zip(candidates, held, strict=True) if fits)
     assert distortion(energies, chosen) == pytest.approx(best, rel=1e-9)
 
 

@@ -358,7 +358,8 @@ def test_planes_meet_the_mean_bits_as_records_count_them(bits):
     options = level_options(allocation, QuantizerConfig(kind="scalar"))
     for spectrum, planes in zip(spectra, plan.planes, strict=True):
         widths = torch.zeros(192, dtype=torch.uint8)
-        for members, width in zip(spectrum.fields, allocate_fields(spectrum.energies, *options, planes)):
+        chosen = allocate_fields(spectrum.energies, *options, planes)
+        for members, width in zip(spectrum.fields, chosen, strict=True):
             assert len(members) == 16
             assert len(set(spectrum.groups[members].tolist())) == 1
             widths[members] = width

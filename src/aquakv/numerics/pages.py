@@ -23,8 +23,9 @@ lowest) to ``shift + W - 1`` of every byte of one plane::
     byte[plane, token, column] = sum over the plane's fields of stored[field, token, column] << shift[field]
 
 No field straddles two bytes; fields of several groups may share a plane. `aquakv.numerics.place_fields` says
-which plane each field takes: it needs as few planes as possible and keeps a group's fields together where that
-costs none. Bits that no field takes are zero.
+which plane each field takes: it needs as few planes as possible and keeps a group's fields together where
+that costs none. Bits that no field takes are zero. Codecs of the preset ``decode`` give all coefficients of a
+field one width, and fill their planes.
 
 A coefficient of width w < W is stored as ``code + (2**W - 2**w) / 2``, which leaves
 ``x = stored - (2**W - 1) / 2 = code - (2**w - 1) / 2`` as it was. Columns without a coefficient (the end of a
@@ -152,7 +153,7 @@ class PageLayout:
 
     @property
     def uniform(self) -> bool:
-        """Whether all coefficients of each field have its width, so that its levels have one slope and gain."""
+        """Whether all coefficients of each field have its width, and so levels of one slope and gain."""
         return all(self.widths[i] == f.width for f in self.fields for i in f.coefficients)
 
     def group_fields(self, group: int) -> tuple[Field, ...]:
