@@ -361,8 +361,8 @@ def preset(name: str, bits: float | None = None) -> CodecConfig:
         KLT of keys within each head, fixed widths shared by 16 coefficients: for caches that are attended to
         while compressed).
     bits
-        Mean bits per value, see `AllocationConfig`; the preset's own (`DEFAULT_BITS`) if None. Fractions for ``storage`` and
-        ``decode``.
+        Mean bits per value, see `AllocationConfig`; the preset's own (`DEFAULT_BITS`) if None. Fractions for
+        ``storage`` and ``decode``.
 
     Raises
     ------

@@ -7,7 +7,7 @@ import torch
 from codec_cases import LAYERS, random_layers
 
 from aquakv.errors import ConfigError
-from aquakv.kernels import PagedCodes, PageRotary, attend_codes, pack_pages
+from aquakv.kernels import PagedCodes, PageRotary, attend_codes, pack_records
 from aquakv.kernels.from_codec import coefficient_heads, decode_operands
 from tiny_models import codec_for, variant
 
@@ -15,19 +15,6 @@ from tiny_models import codec_for, variant
 def close(actual, expected):
     """Compare float32 products of 64 to 192 terms with such products in another order."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=3e-5 * float(expected.abs().max()))
-
-
-def plain_codes(quantizer, words):
-    """Return the codes, ``[tokens, n]`` uint8, of a scalar quantiser's bytes."""
-    from aquakv.numerics import packed_words, unpack
-
-    parts = [words.new_zeros(len(words), 0)]
-    for segment in quantizer.segments:
-        count = segment.coefficients.stop - segment.coefficients.start
-        stored = words.new_zeros(len(words), 4 * packed_words(count, segment.width))
-        stored[:, : segment.stored.stop - segment.stored.start] = words[:, segment.stored]
-        parts.append(unpack(stored.view(torch.int32), segment.width, count))
-    return torch.cat(parts, 1)
 
 
 def history_of(layer, tokens, random):
@@ -51,14 +38,14 @@ def test_decoding_with_folded_operands_attends_to_what_the_codec_reconstructs(na
     codes, hat = layer.encode(layer.keys.mean + keys, layer.values.mean + values, history)
     operands = decode_operands(layer, following, num_kv_heads=heads, dtype=torch.float32)
 
-    def scales(encoded):
-        return encoded.scales[:, 0] if encoded.scales.shape[1] else encoded.scales.new_full((tokens,), 128)
+    def records(part, encoded, layout):
+        scales = encoded.scales[:, 0] if encoded.scales.shape[1] else encoded.scales.new_full((tokens,), 128)
+        return pack_records(part.quantizer.unpack(encoded.words), scales, layout)
 
     packed = PagedCodes(
-        pack_pages(plain_codes(layer.keys.quantizer, codes.keys.words), operands.keys.layout)[None],
-        scales(codes.keys)[None],
-        pack_pages(plain_codes(layer.values.quantizer, codes.values.words), operands.values.layout)[None],
-        scales(codes.values)[None],
+        records(layer.keys, codes.keys, operands.keys.layout),
+        records(layer.values, codes.values, operands.values.layout),
+        torch.arange(2, dtype=torch.int32)[None],
         torch.tensor([tokens], dtype=torch.int32),
     )
     latents = None

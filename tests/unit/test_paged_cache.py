@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from aquakv import AquaCache, WindowConfig
-from aquakv.codec import EncodedPages
+from aquakv.codec import EncodedPages, LinearTransform, ScalarQuantizer, TensorCodec
 from aquakv.errors import ShapeError
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import adapt
-from aquakv.numerics.pages import record_attended
+from aquakv.numerics.pages import PageLayout, record_attended, record_planes, unpack_pages
 from tiny_models import codec_for, feed, go_on, guarded_codec, random_tokens, shared, two_stage_codec
 
 F64 = torch.float64
@@ -67,6 +67,31 @@ def test_records_hold_the_codes_of_rows(block, bits):
                     rtol=0,
                     equal_nan=True,
                 )
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_bytes_are_decoded_at_once_where_fields_have_one_width(heads, dtype):
+    """Planes of one to eight fields; the last field of a head is not full."""
+    random = torch.Generator().manual_seed(heads)
+    counts = ((8, 16), (7, 16), (5, 16), (4, 48), (3, 32), (2, 80), (1, 200))
+    widths = [width for width, count in counts for _ in range(count * heads)]
+    groups = [head for _, count in counts for head in range(heads) for _ in range(count)]
+    layout = PageLayout(tuple(widths), tuple(groups), heads)
+    deviations = torch.rand(len(widths), generator=random) + 0.5
+    quantizer = ScalarQuantizer(deviations, torch.tensor(widths, dtype=torch.uint8), arithmetic=True)
+    transform = LinearTransform(torch.eye(len(widths)), torch.eye(len(widths)))
+    codec = TensorCodec(torch.zeros(len(widths)), None, transform, quantizer, pages=layout)
+    assert layout.is_uniform
+    most = [len(fields) for fields in layout.fields_by_plane]
+    assert min(most) == 1
+    assert max(most) > 4
+    codes, _ = quantizer.quantize(torch.randn(192, len(widths), generator=random))
+    kept = codec.seal(codes, 64)
+    planes = record_planes(kept.records, layout)
+    got = codec.dequantize(kept, dtype)
+    assert torch.equal(got, quantizer.dequantize(codes, dtype))
+    assert torch.equal(got, quantizer.dequantize_codes(unpack_pages(planes, layout), codes.scales, dtype))
 
 
 def test_other_codecs_and_blocks_keep_rows(block):

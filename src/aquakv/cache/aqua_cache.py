@@ -109,7 +109,7 @@ class AquaCache(Cache):
 
     def _build(self) -> None:
         self.layout = TokenLayout(self.window)
-        self._state = PagedState(self._adapter, self.codec, self._backend)
+        self._state = PagedState(self._backend)
         self.layers: list[Any] = self._adapter.exact_layers()
         for index in self._adapter.compressed_layers:
             self.layers[index] = AquaLayer(self.layout, CodedPages(self.window.block_tokens))
@@ -245,7 +245,7 @@ class AquaCache(Cache):
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
         if kernels and exact is not None and self._state.sees_all(self.layout, self._mask):
-            self._step = PagedStep(*shared, self._state, exact.tail_keys.shape[1], self._mask)
+            self._step = PagedStep(*shared, self.codec, self._state, exact.tail_keys.shape[1], self._mask)
         elif fused and exact is not None:
             self._step = FusedStep(*shared, self.codec, exact.tail_keys.shape[1], self._mask)
         else:

@@ -56,6 +56,8 @@ class FusedStep(CacheStep):
         ``[rows, columns]``, nonzero where a token may be attended to; None if all that are real may.
     """
 
+    columns_are_own = True
+
     def __init__(
         self,
         adapter: ModelAdapter,

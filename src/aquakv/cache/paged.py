@@ -173,23 +173,26 @@ class PageTables:
 class PagedState:
     """What a cache keeps for kernels between steps, made anew when its pages or rows have changed."""
 
-    def __init__(self, adapter: ModelAdapter, codec: ModelCodec, backend: Backend) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend: Backend = backend
-        self._adapter = adapter
-        self._codec = codec
         self._version = -1
         self._tables: dict[tuple[torch.device, torch.dtype], PageTables] = {}
         self._outliers: dict[int, OutlierRows] = {}
         self._unmasked: bool | None = None
 
     def tables(
-        self, layout: TokenLayout, layer_idx: int, device: torch.device, dtype: torch.dtype
+        self,
+        layout: TokenLayout,
+        adapter: ModelAdapter,
+        layer_idx: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> PageTables:
         """Return the tables of the present pages."""
         self._drop_old(layout)
         key = (device, dtype)
         if key not in self._tables:
-            self._tables[key] = PageTables.build(layout, self._adapter, layer_idx, device, dtype)
+            self._tables[key] = PageTables.build(layout, adapter, layer_idx, device, dtype)
         return self._tables[key]
 
     def outliers(
@@ -228,24 +231,6 @@ class PagedState:
             self.look_at(layout, mask)
         return bool(self._unmasked)
 
-    def operands(
-        self, index: int, rotary_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> DecodeOperands:
-        """Return what the kernels multiply with at compressed layer ``index``; kept with the codec."""
-        codec = self._codec
-
-        def make() -> DecodeOperands:
-            following = codec.layer_on(index + 1, device) if index + 1 < len(codec.layers) else None
-            return decode_operands(
-                codec.layer_on(index, device),
-                following,
-                num_kv_heads=self._adapter.num_kv_heads,
-                rotary_dim=rotary_dim,
-                dtype=dtype,
-            )
-
-        return codec.derived(("decode operands", index, rotary_dim, device, dtype), make)
-
     def footprint(self) -> int:
         """Return the bytes of all tables."""
         tables = [
@@ -260,6 +245,24 @@ class PagedState:
         )
 
 
+def operands_on(
+    codec: ModelCodec, index: int, rotary_dim: int, device: torch.device, dtype: torch.dtype
+) -> DecodeOperands:
+    """Return what the kernels multiply with at compressed layer ``index``, kept by the codec."""
+
+    def make() -> DecodeOperands:
+        following = codec.layer_on(index + 1, device) if index + 1 < len(codec.layers) else None
+        return decode_operands(
+            codec.layer_on(index, device),
+            following,
+            num_kv_heads=codec.fingerprint.num_kv_heads,
+            rotary_dim=rotary_dim,
+            dtype=dtype,
+        )
+
+    return codec.derived(("decode operands", index, rotary_dim, device, dtype), make)
+
+
 class PagedStep(CacheStep):
     """A forward pass of one token a row in which kernels attend to the codes.
 
@@ -267,6 +270,8 @@ class PagedStep(CacheStep):
     ----------
     adapter, layout, guard, columns_before
         As for `CacheStep`.
+    codec
+        Of the whole model; `why_not_paged` must find nothing.
     state
         The cache's.
     tail_columns
@@ -276,12 +281,15 @@ class PagedStep(CacheStep):
         all that are real may.
     """
 
+    columns_are_own = True
+
     def __init__(
         self,
         adapter: ModelAdapter,
         layout: TokenLayout,
         guard: GuardConfig,
         columns_before: int,
+        codec: ModelCodec,
         state: PagedState,
         tail_columns: int,
         mask: Tensor | None,
@@ -290,6 +298,7 @@ class PagedStep(CacheStep):
         self.due.first_column = columns_before - tail_columns
         self.state = state
         self.latents: Tensor | None = None
+        self._codec = codec
         self._mask = mask
         self._seen: dict[torch.device, Tensor] = {}
 
@@ -308,7 +317,7 @@ class PagedStep(CacheStep):
         values = torch.cat([exact.tail_values, value_states.transpose(1, 2)], 1)
         backend = resolve_backend(self.state.backend, key_states)
         dtype = torch.float16 if backend == "triton" else torch.float32
-        tables = self.state.tables(layout, layer_idx, device, dtype)
+        tables = self.state.tables(layout, self.adapter, layer_idx, device, dtype)
         if device not in self._seen:
             self._seen[device] = tables.exact_seen(layout, self.due.first_column, self._mask)
         exact_keys, exact_values = [exact.sink_keys, keys], [exact.sink_values, values]
@@ -325,7 +334,7 @@ class PagedStep(CacheStep):
         view = PagedView(
             self,
             PagedCodes(encoded_keys.records, encoded_values.records, tables.table, tables.lengths),
-            self.state.operands(self.next_layer, 2 * tables.rotary.page_cos.shape[-1], device, dtype),
+            operands_on(self._codec, self.next_layer, 2 * tables.rotary.page_cos.shape[-1], device, dtype),
             tables.rotary,
             torch.cat(exact_keys, 1),
             torch.cat(exact_values, 1),

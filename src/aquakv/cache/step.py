@@ -101,6 +101,9 @@ class CacheStep:
         Columns held before this pass.
     """
 
+    #: Whether `run_layer` puts the columns that it takes in into new tensors that hold nothing else.
+    columns_are_own = False
+
     def __init__(
         self, adapter: ModelAdapter, layout: TokenLayout, guard: GuardConfig, columns_before: int
     ) -> None:
@@ -220,6 +223,9 @@ class CacheStep:
             for row, first in enumerate(self.layout.first_exact_columns())
         )
         tail_start -= before
+        if self.columns_are_own and tail_start == 0:
+            exact.tail_keys, exact.tail_values = keys, values
+            return
         exact.tail_keys = keys[:, tail_start:].clone(memory_format=torch.contiguous_format)
         exact.tail_values = values[:, tail_start:].clone(memory_format=torch.contiguous_format)
 

@@ -90,11 +90,11 @@ class CodedPages:
 
     def append(self, encoded: EncodedTokens, pages: int, outliers: Outliers | None = None) -> None:
         """Add the codes of whole pages."""
+        if self.chunks and isinstance(encoded.keys, EncodedPages):
+            self.chunks = [self._join([*self.chunks, Chunk(pages, encoded, outliers)])]
+            return
         owned = EncodedTokens(encoded.keys.clone(), encoded.values.clone())
         self.chunks.append(Chunk(pages, owned, outliers))
-        if isinstance(encoded.keys, EncodedPages):
-            self.chunks = [self._join(self.chunks)]
-            return
         while len(self.chunks) > 1 and self._should_merge():
             last, before = self.chunks.pop(), self.chunks.pop()
             self.chunks.append(self._join([before, last]))

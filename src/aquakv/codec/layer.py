@@ -133,26 +133,29 @@ class TensorCodec:
                 )
             return self.quantizer.unseal(encoded, block_tokens)
         if isinstance(encoded, EncodedPages):
-            quantizer, codes, scales = self._from_pages(encoded)
-            return EncodedVectors(quantizer.pack(codes), scales.contiguous())
+            quantizer, planes, scales = self._planes(encoded)
+            assert self.pages is not None  # or there were no planes
+            return EncodedVectors(quantizer.pack(unpack_pages(planes, self.pages)), scales.contiguous())
         return encoded
 
     def dequantize(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
         """Return the coefficients, ``[tokens, n]`` in ``dtype``, of codes as rows or in pages."""
         if isinstance(encoded, EncodedPages):
-            quantizer, codes, scales = self._from_pages(encoded)
-            return quantizer.dequantize_codes(codes, scales, dtype)
+            quantizer, planes, scales = self._planes(encoded)
+            assert self.pages is not None  # or there were no planes
+            if self.pages.is_uniform:
+                return quantizer.dequantize_planes(planes, scales, self.pages, dtype)
+            return quantizer.dequantize_codes(unpack_pages(planes, self.pages), scales, dtype)
         if isinstance(encoded, EncodedStreams):
             raise ShapeError("codec: got entropy-coded streams, expected rows of tokens; unseal them first")
         return self.quantizer.dequantize(encoded, dtype)
 
-    def _from_pages(self, encoded: EncodedPages) -> tuple[ScalarQuantizer, Tensor, Tensor]:
-        """Return the quantiser, codes ``[tokens, n]`` and scale codes ``[tokens, 1]``, or 0 if n is 0."""
+    def _planes(self, encoded: EncodedPages) -> tuple[ScalarQuantizer, Tensor, Tensor]:
+        """Return the quantiser, byte planes, and scale codes ``[tokens, 1]`` (``[tokens, 0]`` if n is 0)."""
         if self.pages is None or not isinstance(self.quantizer, ScalarQuantizer):
             raise ShapeError("codec: got codes in pages, but this layer's codes are rows of tokens")
-        codes = unpack_pages(record_planes(encoded.records, self.pages), self.pages)
         scales = record_scales(encoded.records).reshape(-1, 1)
-        return self.quantizer, codes, scales[:, : self.quantizer.groups]
+        return self.quantizer, record_planes(encoded.records, self.pages), scales[:, : self.quantizer.groups]
 
     def to(self, device: torch.device | str) -> TensorCodec:
         """Return the codec on another device."""

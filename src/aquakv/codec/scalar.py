@@ -24,6 +24,8 @@ from aquakv.numerics import (
     unpack,
     unpack_lookup,
 )
+from aquakv.numerics.packing import gather_rows
+from aquakv.numerics.pages import FIELD_COLUMNS, PageLayout
 
 #: Scale code of a token that has a coefficient that is not finite; its scale is NaN.
 NOT_FINITE = 255
@@ -229,6 +231,34 @@ class ScalarQuantizer:
             levels[:, start:stop] = table.index_select(0, index).view(len(codes), -1)
         return self._spread(levels, scales) if self.segments else levels
 
+    def dequantize_planes(
+        self, planes: Tensor, scales: Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Do as `dequantize_codes` from the byte planes of pages, all levels of a byte at once.
+
+        Parameters
+        ----------
+        planes
+            ``[pages, planes, 64, 16]`` uint8.
+        scales
+            ``[pages * 64, 1]`` uint8.
+        layout
+            Their layout, for which `PageLayout.is_uniform` holds.
+        dtype
+            Of the coefficients.
+        """
+        tokens = planes.shape[0] * planes.shape[2]
+        if not self.segments:
+            return planes.new_empty(tokens, 0, dtype=dtype)
+        parts = []
+        for number, own in enumerate(layout.fields_by_plane):
+            pattern = tuple((f.width, f.shift) for f in own)
+            table = _plane_table(pattern, self.arithmetic, planes.device, dtype)
+            index = planes[:, number].flatten().int()
+            parts.append(gather_rows(table, index).view(tokens, -1))
+        order = _column_order(layout, planes.device)
+        return self._spread(torch.cat(parts, 1).index_select(1, order), scales)
+
     def to(self, device: torch.device | str) -> ScalarQuantizer:
         """Return the quantiser on another device."""
         return ScalarQuantizer(self.deviations.to(device), self.widths.to(device), self.arithmetic)
@@ -290,3 +320,36 @@ def _levels(width: int, arithmetic: bool, device: torch.device, dtype: torch.dty
     """Return the levels of a unit deviation, ``[2**width]``."""
     levels = cubic_level_table(width) if arithmetic else load_grid(1, 1 << width).points[:, 0]
     return levels.to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=256)
+def _plane_table(
+    fields: tuple[tuple[int, int], ...], arithmetic: bool, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the levels that a byte of fields (width, shift) holds, ``[256, 1, 2, 4 or 8]``."""
+    byte, columns = torch.arange(256, device="cpu"), _table_columns(len(fields))
+    table = torch.zeros(256, columns, dtype=dtype, device="cpu")
+    for column, (width, shift) in enumerate(fields):
+        codes = (byte >> shift) & ((1 << width) - 1)
+        table[:, column] = _levels(width, arithmetic, table.device, dtype)[codes]
+    return table.to(device)
+
+
+def _table_columns(num_fields: int) -> int:
+    """Return how many levels a row of `_plane_table` has: rows of a power of two move as one number."""
+    return 1 << (num_fields - 1).bit_length()
+
+
+def _column_order(layout: PageLayout, device: torch.device) -> Tensor:
+    """Return where each coefficient is among the levels of all planes' bytes; kept with the layout."""
+    kept: dict[torch.device, Tensor] = layout.__dict__.setdefault("_column_order", {})
+    if device not in kept:
+        order, first = [0] * layout.coefficients, 0
+        for own in layout.fields_by_plane:
+            columns = _table_columns(len(own))
+            for place, f in enumerate(own):
+                for column, coefficient in enumerate(f.coefficients):
+                    order[coefficient] = first + column * columns + place
+            first += FIELD_COLUMNS * columns
+        kept[device] = torch.tensor(order, dtype=torch.int64, device=device)
+    return kept[device]

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -151,11 +152,6 @@ class PageLayout:
         """Bytes of one page's record: planes, scale codes and attended bits."""
         return self.page_bytes + TAIL_BYTES
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all coefficients of each field have its width, and so levels of one slope and gain."""
-        return all(self.widths[i] == f.width for f in self.fields for i in f.coefficients)
-
     def group_fields(self, group: int) -> tuple[Field, ...]:
         """Return a group's fields, widest first."""
         return tuple(f for f in self.fields if f.group == group)
@@ -164,6 +160,20 @@ class PageLayout:
     def max_group_fields(self) -> int:
         """Most fields that a group has."""
         return max((len(self.group_fields(group)) for group in range(self.num_groups)), default=0)
+
+    @cached_property
+    def fields_by_plane(self) -> tuple[tuple[Field, ...], ...]:
+        """The fields of every plane, from the lowest bit up."""
+        by_plane: list[list[Field]] = [[] for _ in range(self.planes)]
+        for f in sorted(self.fields, key=lambda f: f.shift):
+            by_plane[f.plane].append(f)
+        return tuple(map(tuple, by_plane))
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all coefficients of a field are as wide as the field, and none has width 0."""
+        uniform = all(self.widths[i] == f.width for f in self.fields for i in f.coefficients)
+        return uniform and all(self.widths)
 
 
 def _fields(widths: tuple[int, ...], groups: tuple[int, ...], num_groups: int) -> Iterator[Field]:
