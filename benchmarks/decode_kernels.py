@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from aquakv.evaluation.results import write_benchmark
-from aquakv.kernels import DecodeOperands, PagedCodes, PageLayout, PageRotary, attend_codes
+from aquakv.kernels import DecodeOperands, PagedCodes, PageLayout, PageRotary, attend_codes, hopper
 from aquakv.kernels.combine import combine
+from aquakv.kernels.hopper import decode as hopper_decode
+from aquakv.kernels.hopper.operands import HopperOperands
 from aquakv.kernels.scores import next_latents, scores
 from aquakv.kernels.weighted_code_sum import weighted_code_sum
 
@@ -157,7 +159,8 @@ def errors(operands: DecodeOperands, random: torch.Generator) -> dict[str, float
     inputs = make_inputs(2, 4096, operands, random)
     scored = scores(*inputs.step, scaling=SCALING, backend="triton")
     expected = scores(*inputs.step, scaling=SCALING, backend="torch")
-    got = attend_codes(*inputs.step, scaling=SCALING, backend="triton")
+    got = attend_codes(*inputs.step, scaling=SCALING)
+    portable = attend_codes(*inputs.step, scaling=SCALING, backend="triton")
     whole = attend_codes(*inputs.step, scaling=SCALING, backend="torch")
     assert got.next_latents is not None
     assert whole.next_latents is not None
@@ -166,6 +169,7 @@ def errors(operands: DecodeOperands, random: torch.Generator) -> dict[str, float
         "out": relative_error(got.out, whole.out),
         "lse": relative_error(got.lse, whole.lse),
         "next_latents": relative_error(got.next_latents, whole.next_latents),
+        "Triton out": relative_error(portable.out, whole.out),
     }
 
 
@@ -189,6 +193,50 @@ def bf16_times(rows: int, tokens: int, replays: int) -> list[float]:
     )
 
 
+def runs_on_hopper(inputs: Inputs) -> bool:
+    """Tell whether attend_codes takes the Hopper kernels by itself."""
+    return hopper.why_not(inputs.query, inputs.operands, inputs.rotary) is None
+
+
+def triton_calls(sets: Sequence[Inputs]) -> dict[str, list[Callable[[], Any]]]:
+    """Return the operations of a step with Triton."""
+    scored = [scores(*s.step, scaling=SCALING) for s in sets]
+    summed = [
+        weighted_code_sum(one, s.codes, s.latents, s.operands) for one, s in zip(scored, sets, strict=True)
+    ]
+    return {
+        "scores": [lambda s=s: scores(*s.step, scaling=SCALING) for s in sets],
+        "next_latents": [lambda s=s: next_latents(s.codes, s.latents, s.operands) for s in sets],
+        "weighted_code_sum": [
+            lambda s=s, one=one: weighted_code_sum(one, s.codes, s.latents, s.operands)
+            for one, s in zip(scored, sets, strict=True)
+        ],
+        "combine": [
+            lambda s=s, one=one, sums=sums: combine(sums, one.maxima, s.operands)
+            for s, one, sums in zip(sets, scored, summed, strict=True)
+        ],
+    }
+
+
+def hopper_calls(sets: Sequence[Inputs]) -> dict[str, list[Callable[[], Any]]]:
+    """Return the operations of a step with the Hopper kernels."""
+    arranged = HopperOperands.build(sets[0].operands, sets[0].rotary)
+    calls: dict[str, list[Callable[[], Any]]] = {
+        name: [] for name in ("scores", "next_latents", "weighted_code_sum", "combine")
+    }
+    for s in sets:
+        keys = s.codes.key_pages, s.codes.table, s.codes.lengths
+        query = s.query, *keys, s.latents, arranged, arranged.page_turns(s.rotary), SCALING, None
+        scored, maxima = hopper_decode.scores(*query)
+        weighted = scored, maxima, keys[0], s.codes.value_pages, *keys[1:], s.latents, arranged
+        means, totals = hopper_decode.code_sums(*weighted)
+        calls["scores"].append(lambda a=query: hopper_decode.scores(*a))
+        calls["next_latents"].append(lambda a=(*keys, s.latents, arranged): hopper_decode.next_latents(*a))
+        calls["weighted_code_sum"].append(lambda a=weighted: hopper_decode.code_sums(*a))
+        calls["combine"].append(lambda a=(means, totals, maxima, arranged): hopper_decode.combine(*a))
+    return calls
+
+
 def setting_rows(
     shape: tuple[int, int],
     setting: str,
@@ -207,23 +255,11 @@ def setting_rows(
     total = int(rows * tokens * token_bytes) + operand_bytes
     count = max(2, -(-ROTATED_BYTES // total))
     sets = [make_inputs(rows, tokens, operands, random) for _ in range(count)]
-    scored = [scores(*s.step, scaling=SCALING) for s in sets]
-    summed = [
-        weighted_code_sum(one, s.codes, s.latents, operands) for one, s in zip(scored, sets, strict=True)
+    contestants = (hopper_calls if runs_on_hopper(sets[0]) else triton_calls)(sets)
+    contestants["Triton chain"] = [
+        lambda s=s: attend_codes(*s.step, scaling=SCALING, backend="triton") for s in sets
     ]
-    contestants: dict[str, list[Callable[[], Any]]] = {
-        "scores": [lambda s=s: scores(*s.step, scaling=SCALING) for s in sets],
-        "next_latents": [lambda s=s: next_latents(s.codes, s.latents, operands) for s in sets],
-        "weighted_code_sum": [
-            lambda s=s, one=one: weighted_code_sum(one, s.codes, s.latents, operands)
-            for one, s in zip(scored, sets, strict=True)
-        ],
-        "combine": [
-            lambda one=one, sums=sums: combine(sums, one.maxima, operands)
-            for one, sums in zip(scored, summed, strict=True)
-        ],
-        "chain": [lambda s=s: attend_codes(*s.step, scaling=SCALING) for s in sets],
-    }
+    contestants["chain"] = [lambda s=s: attend_codes(*s.step, scaling=SCALING) for s in sets]
     result = [timing_row(c, name, setting, graph_times(f, replays)) for c, f in contestants.items()]
     bits = code_bytes * 8 / (2 * WIDTH)
     for row in result:
@@ -272,7 +308,7 @@ def main() -> None:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print microseconds by shape and setting."""
     print(torch.cuda.get_device_name())
-    columns = ["scores", "next_latents", "weighted_code_sum", "combine", "chain"]
+    columns = ["scores", "next_latents", "weighted_code_sum", "combine", "Triton chain", "chain"]
     print(f"{'shape':12} {'setting':18} {'bf16':>7}", *(f"{c[:9]:>9}" for c in columns), "floor  ratio")
     bf16 = {row["shape"]: row["median_ms"] for row in rows if row["contestant"] == "bf16 attention"}
     by_case: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}

@@ -29,8 +29,8 @@ CONTESTANTS = [
     "storage 2.09 bit",
     "storage 1.15 bit",
     "storage 0.91 bit",
-    "decode 2.13 bit",
-    "decode 1.63 bit",
+    "decode 2.3 bit",
+    "decode 1.7 bit",
 ]
 
 DATA = [

@@ -114,8 +114,8 @@ def random_tokens(*shape, seed=0):
     return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-#: Bits of the decode preset here: byte planes are 16 columns wide, which is much for tiny models. So each of
-#: their tensors gets one, and one of them two.
+#: Bits of the decode preset here: byte planes are 16 columns wide, which is much for tiny models. So nearly
+#: all of their tensors get one, and some two.
 DECODE_BITS = 5
 
 

@@ -156,12 +156,14 @@ class AllocationConfig:
         ``equal`` gives every coefficient the same whole number of bits; ``water-filling`` gives bits where
         they lower the weighted error of the whole model most.
     bits
-        Mean bits per coefficient over all layers, keys and values; scales not counted.
+        Mean bits per value over all layers, keys and values. What ``scalar`` quantisers with ``arithmetic``
+        levels take in records of pages, all included but outliers; otherwise those of codes, without scales.
     first_layer_bits
         With ``equal``: bits in the first compressed layer, which has no predictor; never fewer than ``bits``
         are used there. ``None`` treats it like the others.
     widths
         With ``water-filling`` and a fixed-rate quantiser: the widths that a coefficient can have beside 0.
+        With ``arithmetic`` levels 16 coefficients of neighbouring variances share one.
     importance
         With ``water-filling``: ``equal`` takes the weighted errors of all layers, keys and values as equally
         harmful relative to their size; ``measured`` weighs them by the divergence that noise in each causes.
@@ -341,8 +343,8 @@ class CodecConfig:
 
 PRESETS = ("paper", "higgs", "storage", "decode")
 
-#: Mean bits per coefficient of each preset, if none are asked for.
-DEFAULT_BITS = {"paper": 2.0, "higgs": 2.0, "storage": 1.25, "decode": 2.0}
+#: Mean bits per value of each preset, if none are asked for.
+DEFAULT_BITS = {"paper": 2.0, "higgs": 2.0, "storage": 1.25, "decode": 2.3}
 
 
 def preset(name: str, bits: float | None = None) -> CodecConfig:
@@ -356,10 +358,11 @@ def preset(name: str, bits: float | None = None) -> CodecConfig:
         of each layer's mean, which costs nothing and makes it a stronger baseline); ``storage`` (predictors
         that read keys and values of three earlier layers, weighted KLT over all heads, entropy coding: for
         caches that are decompressed once per load); ``decode`` (rank-64 key predictor, values from keys only,
-        KLT of keys within each head, fixed widths: for caches that are attended to while compressed).
+        KLT of keys within each head, fixed widths shared by 16 coefficients: for caches that are attended to
+        while compressed).
     bits
-        Mean bits per coefficient; the preset's own (`DEFAULT_BITS`) if None. Fractions for ``storage`` and
-        ``decode``.
+        Mean bits per value, see `AllocationConfig`; the preset's own (`DEFAULT_BITS`) if None. Fractions for
+        ``storage`` and ``decode``.
 
     Raises
     ------

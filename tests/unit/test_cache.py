@@ -855,7 +855,7 @@ def test_the_guard_compares_with_its_limit(model64):
     codec = guarded_codec(limit=1.0, fraction=1.0)
     tokens = random_tokens(1, 42, seed=11)
     kept = []
-    for limit in (0.05, 0.5, 5.0):
+    for limit in (0.005, 0.05, 0.5):
         cache = AquaCache(model64, guarded_codec(limit=limit, fraction=1.0))
         feed(model64, cache, tokens, [42])
         found = [layer.pages.all().outliers for layer in cache.layers]
@@ -870,7 +870,7 @@ def test_the_guard_compares_with_its_limit(model64):
     keys = unrotate(held.keys[0, :, 2:42].transpose(0, 1), tables).flatten(1)
     values = held.values[0, :, 2:42].transpose(0, 1).flatten(1)
     excess = layer.excess(keys, values, layer.encode(keys, values, history)[1])
-    for found, limit in zip(kept, (0.05, 0.5, 5.0), strict=True):
+    for found, limit in zip(kept, (0.005, 0.05, 0.5), strict=True):
         assert found[0] == set((excess > limit).nonzero().flatten().tolist())
 
 

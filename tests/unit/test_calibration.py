@@ -226,7 +226,7 @@ def test_fitted_codecs_are_those_of_their_residuals(name):
             for own_deviations in (deviations[members] for members in mixing):
                 assert bool((own_deviations.diff() <= 0).all())
             # Inputs are reconstructions, whose codes may turn here and there: much for what hardly varies.
-            exact = part is codec.layers[0].keys or name == "storage" and index == 0
+            exact = part is codec.layers[0].keys or (name == "storage" and index == 0)
             vary = deviations > (0 if exact else 0.03) * deviations[0]
             z, deviations, head = z[:, vary], deviations[vary], head[vary]
             covariance = z.T @ z / len(z) / (deviations[:, None] * deviations)

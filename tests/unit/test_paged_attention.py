@@ -60,6 +60,7 @@ def padded(rows, columns, pads):
 @pytest.mark.parametrize("name", ["decode", "guarded"])
 def test_paged_is_general(kind, name, steps):
     model, codec = shared(kind, F64), codec_named(name, kind)
+    # With these tokens no code turns between a path that computes in float32 and one that does not.
     tokens, sizes = random_tokens(2, 170, seed=4), [75, 1, 1, 3, *[1] * 90]
     logits = [
         feed(model, cache_of(model, codec, attention=attention), tokens, sizes)

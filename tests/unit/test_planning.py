@@ -358,13 +358,14 @@ def test_planes_meet_the_mean_bits_as_records_count_them(bits):
     options = level_options(allocation, QuantizerConfig(kind="scalar"))
     for spectrum, planes in zip(spectra, plan.planes, strict=True):
         widths = torch.zeros(192, dtype=torch.uint8)
-        for members, width in zip(spectrum.fields, allocate_fields(spectrum.energies, *options, planes)):
+        chosen = allocate_fields(spectrum.energies, *options, planes)
+        for members, width in zip(spectrum.fields, chosen, strict=True):
             assert len(members) == 16
             assert len(set(spectrum.groups[members].tolist())) == 1
             widths[members] = width
         layout = PageLayout(tuple(widths.tolist()), tuple(spectrum.groups.tolist()), 3)
         assert layout.planes == planes
-        assert layout.uniform
+        assert all(layout.widths[i] == f.width for f in layout.fields for i in f.coefficients)
         assert sum(f.width for f in layout.fields) == 8 * planes  # no bit is unused
         assert {frozenset(f.coefficients) for f in layout.fields} == {
             frozenset(members.tolist()) for members in spectrum.fields if widths[members[0]]
@@ -454,7 +455,7 @@ def test_decode_codecs_hold_the_asked_bits_in_pages(kind, bits):
     assert codec.bits_per_value == pytest.approx(_record_bits(planes, len(parts), features))
     recorded = [layer["bits_per_value"] for layer in codec.calibration["layers"]]
     assert sum(recorded) / 3 == pytest.approx(codec.bits_per_value)
-    assert all(part.pages.uniform for part in parts)
+    assert all(part.pages.is_uniform for part in parts)
     if sum(planes) > 1:  # one at least
         assert bits - 128 / (features * len(parts)) < codec.bits_per_value <= bits
 

@@ -160,7 +160,7 @@ def _require_shared_widths(codec: ModelCodec) -> None:
     for index, layer in enumerate(codec.layers):
         for kind in KINDS:
             pages = getattr(layer, kind).pages
-            if pages is not None and not pages.uniform:
+            if pages is not None and not pages.is_uniform:
                 raise ConfigError(
                     f"tensor layers.{index}.{kind}.widths: expected one width for each field of "
                     f"{FIELD_COLUMNS} coefficients of a head's keys, or of the values"

@@ -23,8 +23,9 @@ lowest) to ``shift + W - 1`` of every byte of one plane::
     byte[plane, token, column] = sum over the plane's fields of stored[field, token, column] << shift[field]
 
 No field straddles two bytes; fields of several groups may share a plane. `aquakv.numerics.place_fields` says
-which plane each field takes: it needs as few planes as possible and keeps a group's fields together where that
-costs none. Bits that no field takes are zero.
+which plane each field takes: it needs as few planes as possible and keeps a group's fields together where
+that costs none. Bits that no field takes are zero. Codecs of the preset ``decode`` give all coefficients of a
+field one width, and fill their planes.
 
 A coefficient of width w < W is stored as ``code + (2**W - 2**w) / 2``, which leaves
 ``x = stored - (2**W - 1) / 2 = code - (2**w - 1) / 2`` as it was. Columns without a coefficient (the end of a
@@ -150,11 +151,6 @@ class PageLayout:
     def record_bytes(self) -> int:
         """Bytes of one page's record: planes, scale codes and attended bits."""
         return self.page_bytes + TAIL_BYTES
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all coefficients of each field have its width, so that its levels have one slope and gain."""
-        return all(self.widths[i] == f.width for f in self.fields for i in f.coefficients)
 
     def group_fields(self, group: int) -> tuple[Field, ...]:
         """Return a group's fields, widest first."""

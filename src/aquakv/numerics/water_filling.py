@@ -337,6 +337,7 @@ def check_options(
 
 
 def check_variances(variances: Tensor) -> None:
+    """Raise unless variances are float64 ``[n]``, finite and not negative."""
     if variances.dim() != 1 or variances.dtype != torch.float64:
         raise ShapeError(
             f"water-filling: expected variances float64 [n], got {variances.dtype} {list(variances.shape)}"

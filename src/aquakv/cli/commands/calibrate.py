@@ -22,7 +22,7 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", help="Codec file to write (.safetensors).")],
     preset_name: Annotated[str, typer.Option("--preset", help=f"One of: {', '.join(PRESETS)}.")] = "decode",
     bits: Annotated[
-        float | None, typer.Option("--bits", help="Mean bits per coefficient; the preset's own if not given.")
+        float | None, typer.Option("--bits", help="Mean bits per value; the preset's own if not given.")
     ] = None,
     data: Annotated[
         list[str] | None,
