@@ -109,7 +109,8 @@ def make_inputs(rows: int, tokens: int, operands: DecodeOperands, random: torch.
         -torch.arange(HEAD_DIM // 2, device="cuda", dtype=torch.float64) * 2 / HEAD_DIM
     )
     positions = torch.arange(pages, device="cuda").expand(rows, pages) * 64
-    return Inputs(query, codes, latents, operands, PageRotary.build(frequencies, positions))
+    rotary = PageRotary.build(frequencies, positions, dtype=torch.float32)
+    return Inputs(query, codes, latents, operands, rotary)
 
 
 def graph_times(functions: Sequence[Callable[[], Any]], replays: int) -> list[float]:

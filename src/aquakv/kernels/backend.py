@@ -27,8 +27,8 @@ def resolve_backend(
 ) -> Literal["torch", "triton", "hopper"]:
     """Return the backend to use for tensors on the device of ``like``.
 
-    ``auto`` is Triton on CUDA devices if it can be imported, torch otherwise; the choice is logged once. Whether
-    ``hopper`` supports a layer too is for `aquakv.kernels.hopper` to say; it runs whole steps only.
+    ``auto`` is Triton on CUDA devices if it can be imported, torch otherwise; the choice is logged once.
+    Whether ``hopper`` supports a layer too is for `aquakv.kernels.hopper` to say; it runs whole steps only.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Kernels for Hopper GPUs (sm_90): attention to codes by asynchronous matrix products, compiled at run time.
 
-The same four operations as in the folders beside this one, with intermediate results of their own form, so they
-come as a whole. The plain-torch definitions are those of `aquakv.kernels.scores`, `.weighted_code_sum` and
-`.combine`.
+The same four operations as in the folders beside this one, with intermediate results of their own form, so
+they come as a whole. The plain-torch definitions are those of `aquakv.kernels.scores`, `.weighted_code_sum`
+and `.combine`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def why_not(query: Tensor, operands: DecodeOperands, rotary: PageRotary) -> str 
         return f"expected at most 64 query heads, got {query.shape[1]}"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected float32, float16 or bfloat16 queries, got {query.dtype}"
+    if rotary.offset_cos.dtype != torch.float32:
+        return f"expected float32 tables of offsets, got {rotary.offset_cos.dtype}"
     found = _arranged(operands, rotary)
     return found if isinstance(found, str) else None
 

@@ -42,7 +42,7 @@ class _Launch(ctypes.Structure):
 
 
 def wgmma_function(name: str, columns: int) -> str:
-    """Return a device function: one asynchronous product, 64 rows by ``columns``, 16 deep, left in registers."""
+    """Return a device function: an asynchronous product, 64 by ``columns``, 16 deep, left in registers."""
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     left = ", ".join(f"%{count + i}" for i in range(4))
@@ -58,7 +58,7 @@ DEVICE void {name}(float (&d)[{count}], const u32 (&a)[4], u64 right, bool add) 
 
 
 def source_of(name: str, constants: Mapping[str, int], products: Mapping[str, int]) -> str:
-    """Return a kernel's whole source: constants, what kernels share, products of the given columns, the kernel."""
+    """Return a kernel's whole source: constants, what kernels share, products by columns, the kernel."""
     here = files("aquakv.kernels.hopper")
     lines = [f"#define {key} {value}" for key, value in constants.items()]
     lines.append("#define INFINITY __int_as_float(0x7F800000)")

@@ -33,7 +33,15 @@ def scores(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return scores times log2 e, ``[rows, pages, query_heads, 64]``, and maxima ``[rows, query_heads, splits]``."""
+    """Return scores and their maxima, times log2 e.
+
+    Returns
+    -------
+    scores
+        ``[rows, pages, query_heads, 64]`` float32.
+    maxima
+        ``[rows, query_heads, splits]`` float32.
+    """
     plain = operands.plain
     rows, query_heads, dim = query.shape
     num_pages, heads, rank = table.shape[1], plain.num_kv_heads, plain.latent_width
@@ -235,7 +243,7 @@ def code_sums(
 
 
 def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOperands) -> tuple[Tensor, Tensor]:
-    """Return the output ``[rows, query_heads, head_dim]`` and the log-sum-exp ``[rows, query_heads]``, float32."""
+    """Return output ``[rows, query_heads, head_dim]`` and log-sum-exp ``[rows, query_heads]``, float32."""
     plain = operands.plain
     rows, splits, heads, slots, members = means.shape
     query_heads = maxima.shape[1]

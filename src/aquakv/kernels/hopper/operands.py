@@ -10,12 +10,12 @@ from torch import Tensor
 
 from aquakv.errors import ConfigError
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
-from aquakv.kernels.rotary import PageRotary
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
+from aquakv.kernels.rotary import PageRotary
 
-#: Pairs of coordinates that turn by less than this angle (radians) within half a page are not rotated token by
-#: token: their part of a score is a polynomial of first order in the token's offset from the page's centre. What
-#: that leaves out is at most half the square of the angle, 0.5 % of the pair's part at the page's ends.
+#: Pairs of coordinates that turn by less than this angle (radians) within half a page are not rotated token
+#: by token: their part of a score is a polynomial of first order in the token's offset from the page's
+#: centre. What that leaves out is at most half the square of the angle, 0.5 % of the pair's part at the ends.
 SLOW_ANGLE = 0.1
 
 #: Most query heads of a KV head.
@@ -38,8 +38,8 @@ class HopperOperands:
     score_images
         uint8: synthesis and its slow part, for every KV head.
     score_offsets, pair_order, pair_index, pair_angles, offset_turns
-        Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair is in
-        rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns within a page.
+        Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair is
+        in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns within a page.
     score_fields, sum_fields
         ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
     latent_images
@@ -151,7 +151,7 @@ class HopperOperands:
         )
 
     def page_turns(self, rotary: PageRotary) -> Tensor:
-        """Return cosines and sines at the pages' centres, ``[rows, pages, pairs, 2]`` float32, pairs in order."""
+        """Return cosines and sines at the pages' centres, ``[rows, pages, pairs, 2]`` float32."""
         turning = rotary.page_cos.shape[-1]
         centre = (self.pair_angles.double() * ((PAGE_TOKENS - 1) / 2 / 32)).float()
         order = self.pair_index
@@ -224,8 +224,8 @@ def _describe(layout: PageLayout, fields: Sequence[Field], count: int) -> Tensor
 def _step_order(slots: int, device: torch.device) -> Tensor:
     """Return the slot at each place of the right operand.
 
-    A thread has four neighbouring columns of a field; the left operand wants the first two of them in its lower
-    eight columns, the others in its upper eight.
+    A thread has four neighbouring columns of a field; the left operand wants the first two of them in its
+    lower eight columns, the others in its upper eight.
     """
     within = torch.arange(FIELD_COLUMNS, device=device)
     column = (within % 8) // 2 * 4 + within % 2 + 2 * (within // 8)
@@ -235,8 +235,8 @@ def _step_order(slots: int, device: torch.device) -> Tensor:
 def _images(rows: Tensor) -> Tensor:
     """Arrange ``[batch…, n, k]`` float16 as the products' right operands: bytes ``[batch…, -1]``.
 
-    For every 64 of k one block of n rows of 128 bytes, whose sixteen-byte chunks are exchanged by the row's number
-    modulo 8.
+    For every 64 of k one block of n rows of 128 bytes, whose sixteen-byte chunks are exchanged by the row's
+    number modulo 8.
     """
     *batch, n, k = rows.shape
     blocks = rows.reshape(*batch, n, k // 64, 8, 8).movedim(-3, -4)  # [batch…, blocks, n, chunks, 8]
