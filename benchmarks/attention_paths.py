@@ -4,6 +4,10 @@
 
 Rows: mean divergence of the two paths' predictions, and of each from the exact cache's, over single-token
 steps that read wikitext2:test behind a prompt; greedy tokens of ten prompts through either path.
+
+No block is compressed in the steps whose predictions are compared. A rounding difference in the last bits of
+a new token's keys can move one of its codes, which then changes what all later layers code: both paths are as
+far from the exact cache as before, but no longer near each other.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--bits", type=float, default=2.3)
     parser.add_argument("--calibration-samples", type=int, default=32)
-    parser.add_argument("--context", type=int, default=1500)
+    parser.add_argument("--context", type=int, default=1432)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--greedy", nargs="*", default=["float32"], help="dtypes of the greedy tokens")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -53,9 +58,10 @@ def main() -> None:
         loaded.model.to(getattr(torch, dtype))
         rows.append(compare_predictions(loaded, codec, read, options.context, dtype))
         print(rows[-1], flush=True)
-        rows.append(compare_greedy(loaded, codec, prompts, dtype))
-        print(rows[-1], flush=True)
-    write_benchmark(options.out, rows)
+        if dtype in options.greedy:
+            rows.append(compare_greedy(loaded, codec, prompts, dtype))
+            print(rows[-1], flush=True)
+        write_benchmark(options.out, rows)
 
 
 def steps(loaded: LoadedModel, cache: AquaCache | None, tokens: Tensor, context: int) -> tuple[Tensor, Any]:

@@ -38,8 +38,8 @@ class HopperOperands:
     score_images
         uint8: synthesis and its slow part, for every KV head.
     score_offsets, pair_order, pair_index, pair_angles, offset_turns
-        Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair is
-        in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns within a page.
+        Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair
+        is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
     score_fields, sum_fields
         ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
     latent_images
