@@ -1,7 +1,9 @@
 """Hopper kernels: their operands everywhere, compiling where NVRTC is, the kernels on a Hopper GPU."""
 
+import contextlib
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +166,35 @@ def test_what_is_not_supported_is_told():
     step = step_of(make_case(FITTING["plain"]))
     with pytest.raises(ConfigError, match="backend hopper: expected tensors on a CUDA device, got cpu"):
         attend_codes(*step, scaling=1.0, backend="hopper")
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_steps_share(monkeypatch, capturing):
+    """Operands are arranged once; pages' turns are shared by layers, but not what a graph will compute."""
+    calls = []
+
+    def launched(name, result):
+        def launch(*arguments):
+            calls.append((name, arguments))
+            return result
+
+        return launch
+
+    for name, result in {"scores": (1, 2), "next_latents": 3, "code_sums": (4, 5), "combine": (6, 7)}.items():
+        monkeypatch.setattr(hopper.decode, name, launched(name, result))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None)
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    step = step_of(make_case(FITTING["plain"]))
+    results = [hopper.attend(*step, 0.5, None) for _ in range(2)]
+    assert results == [(6, 7, 3)] * 2
+    assert [name for name, _ in calls] == ["scores", "next_latents", "code_sums", "combine"] * 2
+    (first, turns), (second, again) = (call[1][5:7] for call in calls[::4])
+    assert first is second
+    assert (turns is again) != capturing
+    assert torch.equal(turns, again)
 
 
 @pytest.mark.skipif(nvrtc_path() is None, reason="needs NVRTC")

@@ -54,9 +54,9 @@ class AquaCache(Cache):
         ``auto`` is ``fused`` where the codec allows it and the model attends by ``sdpa`` (those who chose
         ``eager`` may want its attention weights, which ``fused`` has not).
     backend
-        What attends to codes that are kept in pages, with one new token a row: ``auto`` leaves it to Triton
-        kernels on a GPU, where all positions follow each other and no mask hides compressed tokens;
-        ``torch`` computes the kernels' definitions instead, anywhere; ``triton`` insists on the kernels.
+        What attends to codes that are kept in pages, with one new token a row: ``auto`` leaves it to kernels
+        on a GPU, where all positions follow each other and no mask hides compressed tokens; ``torch``
+        computes the kernels' definitions instead, anywhere; ``triton`` and ``hopper`` insist on kernels.
         With kernels on a GPU a step of one token takes it that the attention mask says of older tokens what
         it said when some were last compressed or several were fed.
 

@@ -23,7 +23,6 @@ from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.rotary import PageRotary
 
 _log = logging.getLogger(__name__)
-_operands: WeakKeyDictionary[DecodeOperands, HopperOperands | str] = WeakKeyDictionary()
 _turns: WeakKeyDictionary[PageRotary, dict[Any, Tensor]] = WeakKeyDictionary()
 
 
@@ -80,36 +79,47 @@ def attend(
     assert isinstance(arranged, HopperOperands)
     if latents is not None and latents.dtype != torch.float16:
         latents = latents.half()
-    shared = _turns.setdefault(rotary, {})
-    key = (arranged.fast_pairs, arranged.slow_pairs, arranged.plain.head_dim)
-    if key not in shared:
-        shared[key] = arranged.page_turns(rotary)
-    pages = codes.key_pages, codes.table, codes.lengths
-    scored, maxima = decode.scores(
-        query.contiguous(), *pages, latents, arranged, shared[key], scaling, softcap
-    )
-    following = decode.next_latents(*pages, latents, arranged) if operands.next_width else None
-    means, totals = decode.code_sums(
-        scored, maxima, codes.key_pages, codes.value_pages, codes.table, codes.lengths, latents, arranged
-    )
-    out, lse = decode.combine(means, totals, maxima, arranged)
+    turns = _page_turns(arranged, rotary)
+    with torch.cuda.device(query.device):
+        pages = codes.key_pages, codes.table, codes.lengths
+        scored, maxima = decode.scores(query.contiguous(), *pages, latents, arranged, turns, scaling, softcap)
+        following = decode.next_latents(*pages, latents, arranged) if operands.next_width else None
+        means, totals = decode.code_sums(
+            scored, maxima, codes.key_pages, codes.value_pages, codes.table, codes.lengths, latents, arranged
+        )
+        out, lse = decode.combine(means, totals, maxima, arranged)
     return out, lse, following
 
 
+def _page_turns(arranged: HopperOperands, rotary: PageRotary) -> Tensor:
+    """Return the pages' turns, shared by all layers with the same pairs and kept with the tables."""
+    shared = _turns.setdefault(rotary, {})
+    key = (arranged.fast_pairs, arranged.slow_pairs, arranged.plain.head_dim)
+    if key in shared:
+        return shared[key]
+    turns = arranged.page_turns(rotary)
+    # What a graph being captured computes is not there before its first replay.
+    if not torch.cuda.is_current_stream_capturing():
+        shared[key] = turns
+    return turns
+
+
 def _arranged(operands: DecodeOperands, rotary: PageRotary) -> HopperOperands | str:
-    """Return a layer's operands for these kernels, or why they do not support it; kept with the operands."""
-    if operands not in _operands:
-        reason = unsupported(operands)
-        if reason is None:
-            arranged = HopperOperands.build(operands, rotary)
-            sizes = decode.score_shared_bytes(arranged), decode.latent_shared_bytes(arranged)
-            if max(sizes) > decode.MAX_BLOCK_BYTES:
-                reason = (
-                    f"operands need {max(sizes)} bytes of shared memory, there are {decode.MAX_BLOCK_BYTES}"
-                )
-            else:
-                _operands[operands] = arranged
-        if reason is not None:
-            _log.info("decode kernels: not hopper: %s", reason)
-            _operands[operands] = reason
-    return _operands[operands]
+    """Return a layer's operands for these kernels, or why they do not support it."""
+    # Kept in the operands themselves: what is arranged refers to them; a table of weak keys would keep both.
+    kept: dict[str, Any] = vars(operands)
+    if "_hopper" in kept:
+        return kept["_hopper"]
+    reason = unsupported(operands)
+    if reason is None:
+        arranged = HopperOperands.build(operands, rotary)
+        most = max(decode.score_shared_bytes(arranged), decode.latent_shared_bytes(arranged))
+        if most <= decode.MAX_BLOCK_BYTES:
+            # Kernels read operands before they wait for the kernel ahead of them on the stream.
+            torch.cuda.current_stream(operands.epilogue.device).synchronize()
+            kept["_hopper"] = arranged
+            return arranged
+        reason = f"operands need {most} bytes of shared memory, there are {decode.MAX_BLOCK_BYTES}"
+    _log.info("decode kernels: not hopper: %s", reason)
+    kept["_hopper"] = reason
+    return reason

@@ -292,6 +292,9 @@ def splits_in_one_round(device: torch.device, programs: int, pages: int) -> int:
 
 def _counters(count: int, device: torch.device) -> Tensor:
     """Return zeros that the kernel leaves as zeros, one set for every stream."""
+    if torch.cuda.is_current_stream_capturing():
+        # Nothing is zero before the graph's first replay, so nobody else may have them.
+        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream, count)
     with _lock:
