@@ -1,13 +1,9 @@
 """The Triton kernels of encoding against their definition: on a GPU, or in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from codec_cases import LAYERS, history_of, random_layers, record_parts, tokens_of
+from interpreted import DEVICE, INTERPRETED, on_this_device, require_interpreted
 
 from aquakv.kernels import PagedCodes, PageLayout
 from aquakv.kernels.encode import EncodeOperands, encode
@@ -16,15 +12,6 @@ from aquakv.kernels.scores import next_latents
 from aquakv.numerics import cubic_level_table
 
 pytest.importorskip("triton", reason="needs triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-def on_this_device(test):
-    missing = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(missing, reason="needs CUDA, or TRITON_INTERPRET=1")
-    return skip(test) if INTERPRETED else pytest.mark.gpu(skip(test))
 
 
 #: On a GPU products are summed in another order. How many of the coefficients may lie so near the middle of
@@ -180,8 +167,4 @@ def test_encoding_can_be_captured():
 
 @pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
 def test_kernels_equal_their_definition_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{2 * len(LAYERS) + 5} passed" in result.stdout
+    require_interpreted(__file__, 2 * len(LAYERS) + 5)

@@ -1,13 +1,9 @@
 """Reconstruction from pages and of grids: definitions against the codec, kernels against definitions."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from codec_cases import LAYERS, history_of, random_layers, tokens_of
+from interpreted import DEVICE, INTERPRETED, on_this_device, require_interpreted
 
 from aquakv.codec import EncodedVectors, GridQuantizer
 from aquakv.errors import ShapeError
@@ -16,9 +12,6 @@ from aquakv.kernels.from_codec import encode_operands, reconstruct_operands
 from aquakv.kernels.reconstruct import grid_coefficients, reconstruct, reconstruct_grid
 from aquakv.numerics import load_grid
 from tiny_models import codec_for
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 #: Features, group and grid (dimension, points): all widths, a straddling last code, several groups.
 GRIDS = [
@@ -36,13 +29,6 @@ ROUNDED = DTYPES[:2] if INTERPRETED else DTYPES
 
 #: Levels, matrices and results are rounded to the dtype. The largest error relative to the largest number.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
-
-def on_this_device(test):
-    pytest.importorskip("triton", reason="needs triton")
-    missing = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(missing, reason="needs CUDA, or TRITON_INTERPRET=1")
-    return skip(test) if INTERPRETED else pytest.mark.gpu(skip(test))
 
 
 def close(actual, expected, tolerance):
@@ -173,9 +159,4 @@ def test_no_pages_give_no_tokens():
 @pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
 def test_kernels_equal_their_definitions_interpreted():
     pytest.importorskip("triton", reason="needs triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "equal or no_pages"]
-    command.append(str(Path(__file__)))
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{3 * len(LAYERS) + 2 * len(GRIDS) + 1} passed" in result.stdout
+    require_interpreted(__file__, 3 * len(LAYERS) + 2 * len(GRIDS) + 1, "-k", "equal or no_pages")

@@ -1,13 +1,9 @@
 """Triton kernels against their definitions: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from decode_cases import SHAPES, codes_to, make_case
+from interpreted import DEVICE, INTERPRETED, on_this_device, require_interpreted
 
 from aquakv.kernels import attend_codes
 from aquakv.kernels.combine import combine
@@ -15,9 +11,6 @@ from aquakv.kernels.scores import Scores, scores
 from aquakv.kernels.weighted_code_sum import weighted_code_sum
 
 pytest.importorskip("triton", reason="needs triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 # Float16 levels, keys and queries: each coordinate is off by 2^-11 at random. Relative to the largest.
 TOLERANCE = 2e-3
@@ -30,12 +23,6 @@ def relative_error(actual, expected):
     difference = torch.where(same, 0.0, (actual.double() - expected.double()))
     scale = expected[expected.isfinite()].double().norm()
     return float(difference.norm() / scale.clamp(min=1e-9)) if len(expected) else 0.0
-
-
-def on_this_device(test):
-    missing = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(missing, reason="needs CUDA, or TRITON_INTERPRET=1")
-    return skip(test) if INTERPRETED else pytest.mark.gpu(skip(test))
 
 
 @on_this_device
@@ -104,8 +91,4 @@ def test_a_step_can_be_captured():
 
 @pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
 def test_kernels_equal_their_definitions_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{len(SHAPES)} passed" in result.stdout
+    require_interpreted(__file__, len(SHAPES))

@@ -244,12 +244,14 @@ class AquaCache(Cache):
         self.layout.append(new_columns, self._positions, self._mask, rows)
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
-        if kernels and exact is not None and self._state.sees_all(self.layout, self._mask):
-            self._step = PagedStep(*shared, self.codec, self._state, exact.tail_keys.shape[1], self._mask)
-        elif fused and exact is not None:
-            self._step = FusedStep(*shared, self.codec, exact.tail_keys.shape[1], self._mask)
-        else:
+        if not fused or exact is None:
             self._step = CacheStep(*shared)
+            return
+        held = (self.codec, exact.tail_keys.shape[1], self._mask)
+        if kernels and self._state.sees_all(self.layout, self._mask):
+            self._step = PagedStep(*shared, *held, self._state)
+        else:
+            self._step = FusedStep(*shared, *held)
 
     # --- the rest of the protocol -------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.step import Blocks, CacheStep, reconstruction_dtype
+from aquakv.cache.step import Blocks, CodesStep, reconstruction_dtype
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
 from aquakv.codec import LayerCodec, LinearTransform, ModelCodec, ScalarQuantizer
 from aquakv.codec.latent import require_latents
@@ -41,22 +41,14 @@ def why_not_fused(codec: ModelCodec) -> str | None:
     return None
 
 
-class FusedStep(CacheStep):
+class FusedStep(CodesStep):
     """A forward pass of few tokens that attends to the codes.
 
     Parameters
     ----------
-    adapter, layout, guard, columns_before
-        As for `CacheStep`.
-    codec
-        Of the whole model; `why_not_fused` must find nothing.
-    tail_columns
-        Columns that layers hold exactly behind the compressed ones, before this pass.
-    mask
-        ``[rows, columns]``, nonzero where a token may be attended to; None if all that are real may.
+    adapter, layout, guard, columns_before, codec, tail_columns, mask
+        As for `CodesStep`; `why_not_fused` must find nothing in the codec.
     """
-
-    columns_are_own = True
 
     def __init__(
         self,
@@ -68,10 +60,7 @@ class FusedStep(CacheStep):
         tail_columns: int,
         mask: Tensor | None,
     ) -> None:
-        super().__init__(adapter, layout, guard, columns_before)
-        self.due.first_column = columns_before - tail_columns
-        self._codec = codec
-        self._mask = mask
+        super().__init__(adapter, layout, guard, columns_before, codec, tail_columns, mask)
         self._latent: Tensor | None = None
         self._visible: dict[torch.device, Visible] = {}
 
@@ -86,8 +75,7 @@ class FusedStep(CacheStep):
     ) -> tuple[CodedView, CodedView]:
         """Add the pass's tokens to one layer; return what attention takes in place of keys and values."""
         device = key_states.device
-        keys = torch.cat([exact.tail_keys, key_states.transpose(1, 2)], 1)
-        values = torch.cat([exact.tail_values, value_states.transpose(1, 2)], 1)
+        keys, values = self._held(exact, key_states, value_states)
         chunk, dtype = pages.all(), reconstruction_dtype(key_states)
         codes = chunk.encoded
         key_coefficients = codec.keys.dequantize(codes.keys, dtype)

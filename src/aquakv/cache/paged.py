@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.step import CacheStep
+from aquakv.cache.step import CodesStep
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers, storage_bytes
 from aquakv.codec import EncodedPages, LayerCodec, ModelCodec
 from aquakv.config import GuardConfig
@@ -260,25 +260,17 @@ def operands_on(
     return codec.derived(("decode operands", index, rotary_dim, device, dtype), make)
 
 
-class PagedStep(CacheStep):
+class PagedStep(CodesStep):
     """A forward pass of one token a row in which kernels attend to the codes.
 
     Parameters
     ----------
-    adapter, layout, guard, columns_before
-        As for `CacheStep`.
-    codec
-        Of the whole model; `why_not_paged` must find nothing.
+    adapter, layout, guard, columns_before, codec, tail_columns, mask
+        As for `CodesStep`; `why_not_paged` must find nothing in the codec, and the mask hides no compressed
+        token.
     state
         The cache's.
-    tail_columns
-        Columns that layers hold exactly behind the compressed ones, before this pass.
-    mask
-        ``[rows, columns]``, nonzero where a token may be attended to, which all compressed ones may; None if
-        all that are real may.
     """
-
-    columns_are_own = True
 
     def __init__(
         self,
@@ -287,16 +279,13 @@ class PagedStep(CacheStep):
         guard: GuardConfig,
         columns_before: int,
         codec: ModelCodec,
-        state: PagedState,
         tail_columns: int,
         mask: Tensor | None,
+        state: PagedState,
     ) -> None:
-        super().__init__(adapter, layout, guard, columns_before)
-        self.due.first_column = columns_before - tail_columns
+        super().__init__(adapter, layout, guard, columns_before, codec, tail_columns, mask)
         self.state = state
         self.latents: Tensor | None = None
-        self._codec = codec
-        self._mask = mask
         self._seen: dict[torch.device, Tensor] = {}
 
     def run_layer(
@@ -310,8 +299,7 @@ class PagedStep(CacheStep):
     ) -> tuple[PagedView, PagedView]:
         """Add the pass's token to one layer; return what attention takes in place of keys and values."""
         device, layout = key_states.device, self.layout
-        keys = torch.cat([exact.tail_keys, key_states.transpose(1, 2)], 1)
-        values = torch.cat([exact.tail_values, value_states.transpose(1, 2)], 1)
+        keys, values = self._held(exact, key_states, value_states)
         chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
         dtype = torch.float32 if chosen == "torch" else torch.float16
         tables = self.state.tables(layout, self.adapter, layer_idx, device)

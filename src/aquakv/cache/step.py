@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
-from aquakv.codec import History, LayerCodec
+from aquakv.codec import History, LayerCodec, ModelCodec
 from aquakv.codec.guard import choose_outliers
 from aquakv.config import GuardConfig
 from aquakv.models.adapter import ModelAdapter
@@ -228,6 +228,44 @@ class CacheStep:
             return
         exact.tail_keys = keys[:, tail_start:].clone(memory_format=torch.contiguous_format)
         exact.tail_values = values[:, tail_start:].clone(memory_format=torch.contiguous_format)
+
+
+class CodesStep(CacheStep):
+    """A forward pass that attends to the codes and puts only the columns that layers hold exactly together.
+
+    Parameters
+    ----------
+    adapter, layout, guard, columns_before
+        As for `CacheStep`.
+    codec
+        Of the whole model.
+    tail_columns
+        Columns that layers hold exactly behind the compressed ones, before this pass.
+    mask
+        ``[rows, columns]``, nonzero where a token may be attended to; None if all that are real may.
+    """
+
+    columns_are_own = True
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        layout: TokenLayout,
+        guard: GuardConfig,
+        columns_before: int,
+        codec: ModelCodec,
+        tail_columns: int,
+        mask: Tensor | None,
+    ) -> None:
+        super().__init__(adapter, layout, guard, columns_before)
+        self.due.first_column = columns_before - tail_columns
+        self._codec = codec
+        self._mask = mask
+
+    def _held(self, exact: ExactTokens, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of held and new columns, ``[rows, columns, heads, head_dim]`` each."""
+        keys = torch.cat([exact.tail_keys, key_states.transpose(1, 2)], 1)
+        return keys, torch.cat([exact.tail_values, value_states.transpose(1, 2)], 1)
 
 
 def reconstruction_dtype(key_states: Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ def splits_for(device: torch.device, programs: int, pages: int, per_multiprocess
     """
     if device.type != "cuda":
         return max(1, min(pages, 2))
-    slots = _multiprocessors(device) * per_multiprocessor
+    slots = multiprocessors(device) * per_multiprocessor
     # As few rounds as fill the GPU to nine tenths: a split that starts alone in a last round costs a round.
     splits = 1
     for rounds in range(1, 5):
@@ -34,7 +34,8 @@ def splits_for(device: torch.device, programs: int, pages: int, per_multiprocess
 
 
 @lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -189,7 +189,8 @@ class DecodeOperands:
             raise ConfigError("decode operands: expected latent_map and transition together, got one of them")
         rank = 0 if latent_map is None else latent_map.shape[0]
         next_rank = 0 if innovation is None else innovation.shape[1]
-        for name, tensor, shape in (
+        check_shapes(
+            "decode operands",
             ("key_synthesis", key_synthesis, (key_layout.coefficients, head_dim)),
             ("key_bias", key_bias, (width,)),
             ("key_mean", key_mean, (width,)),
@@ -200,9 +201,7 @@ class DecodeOperands:
             ("innovation", innovation, (key_layout.coefficients, next_rank)),
             ("next_offset", next_offset, (next_rank,)),
             ("transition", transition, (rank, next_rank)),
-        ):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ShapeError(f"decode operands: expected {name} {list(shape)}, got {list(tensor.shape)}")
+        )
         keys, values = CodeTables.build(key_layout), CodeTables.build(value_layout)
         key_slope, value_slope = (
             level_slopes(layout)[0][:, None].to(key_synthesis.device) for layout in (key_layout, value_layout)
@@ -273,6 +272,13 @@ class DecodeOperands:
     def to(self, device: torch.device | str) -> DecodeOperands:
         """Return the operands on another device."""
         return _to(self, device)
+
+
+def check_shapes(what: str, *expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raise `ShapeError` unless each named tensor, where there is one, has the shape given with it."""
+    for name, tensor, shape in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ShapeError(f"{what}: expected {name} {list(shape)}, got {list(tensor.shape)}")
 
 
 def chunk_sizes(num_fields: int) -> tuple[int, ...]:

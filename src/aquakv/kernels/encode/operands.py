@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aquakv.errors import ConfigError, ShapeError
+from aquakv.errors import ConfigError
 from aquakv.kernels.encode.columns import TABLE_ROWS, CodeColumns, code_columns, gather_rows, move
-from aquakv.kernels.operands import HEAD_DIMS, latent_width
+from aquakv.kernels.operands import HEAD_DIMS, check_shapes, latent_width
 from aquakv.kernels.pages import PageLayout
 
 #: Columns that the kernel of the key coefficients computes at a time.
@@ -142,7 +142,8 @@ class EncodeOperands:
         next_rank = 0 if innovation is None else innovation.shape[1]
         counts = key_layout.coefficients, value_layout.coefficients
         root_shape = (heads, head_dim, head_dim)
-        for name, tensor, shape in (
+        check_shapes(
+            "encode operands",
             ("key_analysis", key_analysis, (head_dim, counts[0])),
             ("key_synthesis", key_synthesis, (counts[0], head_dim)),
             ("key_offset", key_offset, (width,)),
@@ -157,9 +158,7 @@ class EncodeOperands:
             ("transition", transition, (rank, next_rank)),
             ("key roots", guards[0].roots if guards else None, root_shape),
             ("value roots", guards[1].roots if guards else None, root_shape),
-        ):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ShapeError(f"encode operands: expected {name} {list(shape)}, got {list(tensor.shape)}")
+        )
         if innovation is not None and (latent_map is None) != (transition is None):
             raise ConfigError("encode operands: expected latent_map and transition together, got one of them")
         key_guard, value_guard = guards or (None, None)

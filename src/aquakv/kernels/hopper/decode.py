@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from aquakv.kernels.hopper.compiler import kernel
 from aquakv.kernels.hopper.operands import HopperOperands
+from aquakv.kernels.launch import multiprocessors
 from aquakv.kernels.pages import PAGE_TOKENS
 
 #: Most shared memory of a block.
@@ -122,7 +122,7 @@ def next_latents(
         table.device,
     )
     total = rows * num_pages
-    blocks = min(_multiprocessors(table.device), -(-total // 4))
+    blocks = min(multiprocessors(table.device), -(-total // 4))
     run(
         (blocks, 1),
         512,
@@ -287,7 +287,7 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
 
 def splits_in_one_round(device: torch.device, programs: int, pages: int) -> int:
     """Return into how many splits to cut a row's pages so that no multiprocessor has a second block."""
-    return max(1, min(pages, _multiprocessors(device) // max(1, programs)))
+    return max(1, min(pages, multiprocessors(device) // max(1, programs)))
 
 
 def _counters(count: int, device: torch.device) -> Tensor:
@@ -301,8 +301,3 @@ def _counters(count: int, device: torch.device) -> Tensor:
         if key not in _finished:
             _finished[key] = torch.zeros(count, dtype=torch.int32, device=device)
         return _finished[key]
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

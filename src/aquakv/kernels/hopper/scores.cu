@@ -35,7 +35,6 @@ struct Shared {
     static constexpr int fields = angle + SLOW_PAIRS * 4;                    // Field [FIELDS]
     static constexpr int turned_offset = fields + FIELDS * 32;               // float [FAST], in tiles
     static constexpr int barrier = turned_offset + FAST * 4;
-    static constexpr int bytes = barrier + 16;
     // A warpgroup's own:
     static constexpr int synthesis = 0;                                      // [BLOCKS][TILES + 1] atoms
     static constexpr int absorbed = BLOCKS * (TILES + 1) * 1024;             // [BATCH][BLOCKS] atoms

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from aquakv.errors import ConfigError, ShapeError
-from aquakv.kernels.operands import HEAD_DIMS, latent_width
+from aquakv.errors import ConfigError
+from aquakv.kernels.operands import HEAD_DIMS, check_shapes, latent_width
 from aquakv.kernels.pages import FIELD_COLUMNS, PageLayout, level_slopes
 
 Moved = TypeVar("Moved", "FieldTables", "ReconstructOperands")
@@ -140,7 +140,8 @@ class ReconstructOperands:
         if dtype not in DTYPES:
             raise ConfigError(f"reconstruct operands: expected float16, bfloat16 or float32, got {dtype}")
         rank = 0 if latent_map is None else latent_map.shape[0]
-        for name, tensor, shape in (
+        check_shapes(
+            "reconstruct operands",
             ("key_synthesis", key_synthesis, (key_layout.coefficients, head_dim)),
             ("key_bias", key_bias, (width,)),
             ("key_mean", key_mean, (width,)),
@@ -149,11 +150,7 @@ class ReconstructOperands:
             ("value_mean", value_mean, (width,)),
             ("value_map", value_map, (width, width)),
             ("latent_map", latent_map, (rank, width)),
-        ):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ShapeError(
-                    f"reconstruct operands: expected {name} {list(shape)}, got {list(tensor.shape)}"
-                )
+        )
         keys, values = (
             FieldTables.build(layout).to(key_synthesis.device) for layout in (key_layout, value_layout)
         )
