@@ -12,7 +12,7 @@ from decode_cases import SHAPES, Shape, codes_to, make_case
 from aquakv.errors import ConfigError
 from aquakv.kernels import attend_codes, hopper
 from aquakv.kernels.hopper.compiler import compile_source, nvrtc_path, source_of
-from aquakv.kernels.hopper.operands import HopperOperands, pair_angles, split_pairs, unsupported
+from aquakv.kernels.hopper.operands import SCALE_ROOM, HopperOperands, pair_angles, split_pairs, unsupported
 from aquakv.kernels.rotary import PageRotary
 
 #: Fields of 16 that have one width each, as codecs of the preset have them.
@@ -114,7 +114,7 @@ def test_images_hold_the_operands(name):
     plain, rotary = case.operands(torch.float16), case.rotary(torch.float32)
     arranged = HopperOperands.build(plain, rotary)
     half, fast = plain.head_dim // 2, arranged.fast_pairs
-    columns = 2 * fast + 8
+    columns = 2 * fast
     steps = arranged.head_fields + plain.latent_width // 16
     size = -(-steps // 4) * columns * 128
     pairs = arranged.pair_index.tolist()
@@ -127,7 +127,7 @@ def test_images_hold_the_operands(name):
         for field in range(arranged.head_fields):
             for k, place in enumerate(places):
                 slot = field * 16 + place
-                expected = rows[slot] if slot < len(rows) else torch.zeros(plain.head_dim).half()
+                expected = rows[slot] / SCALE_ROOM if slot < len(rows) else torch.zeros(plain.head_dim).half()
                 for number, pair in enumerate(pairs):
                     if pair >= half:
                         continue
@@ -203,13 +203,13 @@ def test_what_steps_share(monkeypatch, capturing):
     [
         (
             "scores",
-            {"DIM": 128, "FAST": 64, "SLOW": 64, "FIELDS": 8, "RANK": 64, "QUERY": 2, "SOFTCAP": 0},
-            {"wgmma_64": 64, "wgmma_columns": 72, "wgmma_8": 8},
+            {"DIM": 128, "FAST": 64, "SLOW": 64, "FIELDS": 8, "RANK": 64, "TEAMS": 4, "QUERY": 2, "SOFTCAP": 0},
+            {"wgmma_64": 64, "wgmma_columns": 64},
         ),
         (
             "scores",
-            {"DIM": 64, "FAST": 48, "SLOW": 16, "FIELDS": 4, "RANK": 0, "QUERY": 0, "SOFTCAP": 1},
-            {"wgmma_64": 64, "wgmma_columns": 56, "wgmma_8": 8},
+            {"DIM": 64, "FAST": 48, "SLOW": 16, "FIELDS": 4, "RANK": 0, "TEAMS": 4, "QUERY": 0, "SOFTCAP": 1},
+            {"wgmma_64": 64, "wgmma_columns": 48},
         ),
         ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
         ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),

@@ -79,6 +79,10 @@ DEVICE u32 cubic(u32 x, u32 gain) { return hmul2(x, hfma2(hmul2(x, x), gain, 0x3
 DEVICE float scale_of(u32 code) {
     return code == 255u ? __int_as_float(0x7FC00000) : exp2f((float(int(code)) - 128.0f) * 0.0625f);
 }
+// One over sixteen times the scale, so that what it multiplies is far from the ends of half precision.
+DEVICE float inverse_scale(u32 code) {
+    return code == 255u ? __int_as_float(0x7FC00000) : exp2f((float(int(code)) - 128.0f) * -0.0625f - 4.0f);
+}
 
 // ---- shared memory and asynchronous products ----------------------------------------------------------------
 
@@ -102,6 +106,12 @@ template <int N>
 DEVICE void keep(u32 (&registers)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
+}
+// A warp's own product of 16 rows by 8 columns, 16 deep; fragments of the left operand as those above.
+DEVICE void mma_8(float (&sum)[4], const u32 (&left)[4], u32 right, u32 deeper) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right), "r"(deeper));
 }
 DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

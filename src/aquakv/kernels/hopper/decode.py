@@ -15,7 +15,8 @@ from aquakv.kernels.pages import PAGE_TOKENS
 #: Most shared memory of a block.
 MAX_BLOCK_BYTES = 227 * 1024
 
-_TEAMS = 3  # warpgroups of a block
+_TEAMS = 3  # warpgroups of a block of sums
+_SCORE_TEAMS = 4  # and of scores
 _FIELD_BYTES = 32
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
@@ -56,19 +57,19 @@ def scores(
         "SLOW": 2 * operands.slow_pairs,
         "FIELDS": fields,
         "RANK": rank,
+        "TEAMS": _SCORE_TEAMS,
         "QUERY": _QUERY_KINDS[query.dtype],
         "SOFTCAP": int(softcap is not None),
         "DEPENDENT": 1,
     }
-    run = kernel(
-        "scores", constants, {"wgmma_64": 64, "wgmma_columns": fast + 8, "wgmma_8": 8}, shared, query.device
-    )
-    splits = _TEAMS * splits_in_one_round(query.device, rows * heads, -(-num_pages // _TEAMS))
+    run = kernel("scores", constants, {"wgmma_64": 64, "wgmma_columns": fast}, shared, query.device)
+    blocks = splits_in_one_round(query.device, rows * heads, -(-num_pages // _SCORE_TEAMS))
+    splits = _SCORE_TEAMS * blocks
     out = torch.empty(rows, num_pages, query_heads, PAGE_TOKENS, dtype=torch.float32, device=query.device)
     maxima = torch.empty(rows, query_heads, splits, dtype=torch.float32, device=query.device)
     run(
-        (heads * splits // _TEAMS, rows),
-        128 * _TEAMS,
+        (heads * blocks, rows),
+        128 * _SCORE_TEAMS,
         shared,
         [
             query,
@@ -97,12 +98,13 @@ def scores(
 
 
 def score_shared_bytes(operands: HopperOperands) -> int:
-    """Return the shared memory that `scores` needs; `Shared` of scores.cu says for what."""
+    """Return the shared memory that `scores` needs; `Shared`, `Own` and `Rest` of scores.cu say for what."""
     fast, pairs = 2 * operands.fast_pairs, operands.fast_pairs + operands.slow_pairs
-    blocks = -(-(operands.head_fields + operands.plain.latent_width // 16) // 4)
-    own = (blocks * (fast // 8 + 1) + 8 * blocks + 8 * -(-fast // 64) + 1) * 1024
-    rest = 5 * pairs * 8 + operands.slow_pairs * 4 + operands.head_fields * _FIELD_BYTES + fast * 4 + 16
-    return blocks * 8 * 1024 + _TEAMS * own + rest
+    steps = operands.head_fields + operands.plain.latent_width // 16
+    images = -(-steps // 4) * (fast // 8 + 8) * 1024 + fast // 16 * 2048
+    own = 8 * (-(-steps // 2) * 512 + fast // 16 * 128 + 64)
+    rest = 5 * pairs * 8 + operands.slow_pairs * 4 + operands.head_fields * _FIELD_BYTES + fast * 2 + 16
+    return images + _SCORE_TEAMS * own + rest
 
 
 def next_latents(

@@ -24,6 +24,9 @@ MAX_GROUP = 4
 #: Most fields of a head: what fits registers.
 MAX_HEAD_FIELDS = 8
 
+#: What scores divide by the token's scale is divided by this too, so that halves stay in range.
+SCALE_ROOM = 16.0
+
 
 @dataclass(frozen=True, eq=False)
 class HopperOperands:
@@ -36,7 +39,7 @@ class HopperOperands:
     fast_pairs, slow_pairs
         Pairs of coordinates that are rotated token by token, and those that are not; each padded.
     score_images
-        uint8: synthesis and its slow part, for every KV head.
+        uint8: synthesis and its slow part, for every KV head; of codes over `SCALE_ROOM`.
     score_offsets, pair_order, pair_index, pair_angles, offset_turns
         Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair
         is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
@@ -100,7 +103,7 @@ class HopperOperands:
         slots = -(-steps // 4) * CHUNK_SLOTS
         rows = plain.score_synthesis.new_zeros(heads, slots, dim + 1)
         count = min(head_fields * FIELD_COLUMNS, plain.score_synthesis.shape[1])
-        rows[:, :count, :dim] = plain.score_synthesis[:, :count]
+        rows[:, :count, :dim] = plain.score_synthesis[:, :count] / SCALE_ROOM
         if plain.latent_synthesis is not None:
             start = head_fields * FIELD_COLUMNS
             rows[:, start : start + plain.latent_width, :dim] = plain.latent_synthesis
@@ -109,8 +112,7 @@ class HopperOperands:
         # Rotated pairs: first coordinates of eight pairs, then their second ones.
         turned = picked[..., : 2 * fast].unflatten(-1, (-1, 8, 2)).transpose(-1, -2).flatten(-3)
         still = picked[..., 2 * fast :]
-        room = picked.new_zeros(heads, slots, 8)
-        synthesis = _images(torch.cat([turned, room], -1).transpose(1, 2))
+        synthesis = _images(turned.transpose(1, 2))
         padding = CHUNK_SLOTS - still.shape[-1]
         slow_rows = torch.nn.functional.pad(still, (0, padding)).unflatten(1, (-1, CHUNK_SLOTS))
         images = torch.cat([synthesis, _images(slow_rows).flatten(1)], 1)
@@ -124,8 +126,10 @@ class HopperOperands:
         spread = angles[by_angle]
         rotation = torch.arange(PAGE_TOKENS, dtype=torch.float64)[:, None] - (PAGE_TOKENS - 1) / 2
         rotation = rotation * torch.nn.functional.pad(spread, (0, fast))[:fast]
-        turns = torch.stack([rotation.cos(), rotation.sin()], -2)  # of two neighbouring pairs at a time
-        turns = turns.unflatten(-1, (-1, 2)).transpose(1, 2).half().contiguous()
+        # Thread (warp, group, quad) has tokens 16 * warp + group and the eighth after it, and, of every eight
+        # pairs, 2 * quad and the next: their cosines, then sines.
+        turns = torch.stack([rotation.cos(), rotation.sin()]).half()
+        turns = turns.view(2, 4, 2, 8, fast // 8, 4, 2).permute(4, 1, 3, 5, 2, 0, 6).contiguous()
         latent = None
         if plain.innovation is not None:
             parts = [plain.innovation]
