@@ -203,13 +203,13 @@ def test_what_steps_share(monkeypatch, capturing):
     [
         (
             "scores",
-            {"DIM": 128, "FAST": 64, "SLOW": 64, "FIELDS": 8, "RANK": 64, "TEAMS": 4, "QUERY": 2, "SOFTCAP": 0},
-            {"wgmma_64": 64, "wgmma_columns": 64},
+            {"DIM": 128, "FAST": 64, "SLOW": 64, "FIELDS": 8, "RANK": 64, "TEAMS": 4, "PLANES": 2, "CUBIC": 2, "QUERY": 2, "SOFTCAP": 0},
+            {"wgmma_64": 64, "wgmma_columns": 64, "wgmma_8": 8},
         ),
         (
             "scores",
-            {"DIM": 64, "FAST": 48, "SLOW": 16, "FIELDS": 4, "RANK": 0, "TEAMS": 4, "QUERY": 0, "SOFTCAP": 1},
-            {"wgmma_64": 64, "wgmma_columns": 48},
+            {"DIM": 64, "FAST": 48, "SLOW": 16, "FIELDS": 4, "RANK": 0, "TEAMS": 4, "PLANES": 2, "CUBIC": 2, "QUERY": 0, "SOFTCAP": 1},
+            {"wgmma_64": 64, "wgmma_columns": 48, "wgmma_8": 8},
         ),
         ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
         ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),

@@ -21,6 +21,7 @@ DEVICE u32 hfma2(u32 a, u32 b, u32 c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
+DEVICE u32 hneg2(u32 a) { u32 d; asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a)); return d; }
 // Infinity and not-a-number become the largest numbers.
 DEVICE u32 finite_half2(u32 a) {
     u32 d;
@@ -37,6 +38,7 @@ DEVICE float high_float(u32 a) {
     asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(d) : "r"(a));
     return d;
 }
+DEVICE float reciprocal(float x) { float d; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x)); return d; }
 DEVICE float exp2_fast(float x) { float d; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x)); return d; }
 
 // ---- codes --------------------------------------------------------------------------------------------------
@@ -81,12 +83,27 @@ DEVICE float scale_of(u32 code) {
 }
 // One over sixteen times the scale, so that what it multiplies is far from the ends of half precision.
 DEVICE float inverse_scale(u32 code) {
-    return code == 255u ? __int_as_float(0x7FC00000) : exp2f((float(int(code)) - 128.0f) * -0.0625f - 4.0f);
+    const float inverse = exp2_fast(fmaf(float(int(code)), -0.0625f, 4.0f));
+    return code == 255u ? __int_as_float(0x7FC00000) : inverse;
 }
 
 // ---- shared memory and asynchronous products ----------------------------------------------------------------
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+DEVICE void load_shared(u32 address, u32& a) { asm volatile("ld.shared.b32 %0, [%1];" : "=r"(a) : "r"(address)); }
+DEVICE void load_shared_byte(u32 address, u32& a) { asm volatile("ld.shared.u8 %0, [%1];" : "=r"(a) : "r"(address)); }
+DEVICE void load_shared(u32 address, u32& a, u32& b) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
+}
+DEVICE void load_shared(u32 address, u32& a, u32& b, u32& c, u32& d) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(address));
+}
+// Four matrices of 8 rows of 16 bytes, one row's address from each thread.
+DEVICE void load_matrices(u32 address, u32 (&to)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address));
+}
 
 // Rows of 128 bytes, 8 rows to an atom of 1024, sixteen-byte chunks exchanged by the row's number.
 DEVICE u32 swizzle128(u32 row, u32 byte) { return row * 128 + (byte ^ ((row & 7) << 4)); }

@@ -10,7 +10,7 @@ from torch import Tensor
 from aquakv.kernels.hopper.compiler import kernel
 from aquakv.kernels.hopper.operands import HopperOperands
 from aquakv.kernels.launch import multiprocessors
-from aquakv.kernels.pages import PAGE_TOKENS
+from aquakv.kernels.pages import PAGE_TOKENS, PLANE_BYTES
 
 #: Most shared memory of a block.
 MAX_BLOCK_BYTES = 227 * 1024
@@ -18,6 +18,7 @@ MAX_BLOCK_BYTES = 227 * 1024
 _TEAMS = 3  # warpgroups of a block of sums
 _SCORE_TEAMS = 4  # and of scores
 _FIELD_BYTES = 32
+_LOG2_E = 1.4426950408889634
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
 _lock = threading.Lock()
@@ -56,13 +57,15 @@ def scores(
         "FAST": fast,
         "SLOW": 2 * operands.slow_pairs,
         "FIELDS": fields,
+        "PLANES": operands.score_planes.shape[1],
+        "CUBIC": operands.cubic_fields,
         "RANK": rank,
         "TEAMS": _SCORE_TEAMS,
         "QUERY": _QUERY_KINDS[query.dtype],
         "SOFTCAP": int(softcap is not None),
         "DEPENDENT": 1,
     }
-    run = kernel("scores", constants, {"wgmma_64": 64, "wgmma_columns": fast}, shared, query.device)
+    run = kernel("scores", constants, {"wgmma_64": 64, "wgmma_columns": fast, "wgmma_8": 8}, shared, query.device)
     blocks = splits_in_one_round(query.device, rows * heads, -(-num_pages // _SCORE_TEAMS))
     splits = _SCORE_TEAMS * blocks
     out = torch.empty(rows, num_pages, query_heads, PAGE_TOKENS, dtype=torch.float32, device=query.device)
@@ -80,6 +83,7 @@ def scores(
             operands.score_images,
             operands.score_offsets,
             operands.score_fields,
+            operands.score_planes,
             operands.pair_order,
             operands.pair_angles,
             page_turns,
@@ -89,7 +93,7 @@ def scores(
             key_pages.shape[1],
             num_pages,
             splits,
-            float(scaling),
+            float(scaling) if softcap else float(scaling) * _LOG2_E,
             float(softcap or 1.0),
         ],
         dependent=True,
@@ -99,11 +103,14 @@ def scores(
 
 def score_shared_bytes(operands: HopperOperands) -> int:
     """Return the shared memory that `scores` needs; `Shared`, `Own` and `Rest` of scores.cu say for what."""
-    fast, pairs = 2 * operands.fast_pairs, operands.fast_pairs + operands.slow_pairs
-    steps = operands.head_fields + operands.plain.latent_width // 16
-    images = -(-steps // 4) * (fast // 8 + 8) * 1024 + fast // 16 * 2048
-    own = 8 * (-(-steps // 2) * 512 + fast // 16 * 128 + 64)
-    rest = 5 * pairs * 8 + operands.slow_pairs * 4 + operands.head_fields * _FIELD_BYTES + fast * 2 + 16
+    fast = 2 * operands.fast_pairs
+    rank = operands.plain.latent_width
+    blocks = -(-(operands.head_fields + rank // 16) // 4)
+    images = blocks * (fast // 8 + 8) * 1024 + fast // 16 * 2048
+    warp = 16 * rank * 2 + (operands.score_planes.shape[1] * 16 + 2) * 16
+    own = -(-(8 * (blocks * 1024 + fast // 16 * 128 + 64) + 4 * warp) // 1024) * 1024
+    rest = (4 * operands.fast_pairs + 10 * operands.slow_pairs) * 8
+    rest += operands.head_fields * _FIELD_BYTES + fast * 2 + 8
     return images + _SCORE_TEAMS * own + rest
 
 

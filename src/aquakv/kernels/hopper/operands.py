@@ -45,6 +45,11 @@ class HopperOperands:
         is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
     score_fields, sum_fields
         ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
+    score_planes
+        ``[kv_heads, planes]`` int32: where the planes with a head's codes are in a record, -1 past the last;
+        offsets of `score_fields` count from the first.
+    cubic_fields
+        Fields of a head whose levels may be unequally spaced: the first ones.
     latent_images
         uint8: innovation and transition; None at the last layer.
     epilogue
@@ -62,6 +67,8 @@ class HopperOperands:
     offset_turns: Tensor
     score_fields: Tensor
     sum_fields: Tensor
+    score_planes: Tensor
+    cubic_fields: int
     latent_images: Tensor | None
     epilogue: Tensor
 
@@ -108,7 +115,10 @@ class HopperOperands:
             start = head_fields * FIELD_COLUMNS
             rows[:, start : start + plain.latent_width, :dim] = plain.latent_synthesis
         # Column dim, zero, stands for coordinates that do not exist.
-        picked = rows[:, _step_order(slots, device)][..., columns.flatten().to(device) % (dim + 1)]
+        places = _step_order(slots, device)
+        code_slots = head_fields * FIELD_COLUMNS
+        places[code_slots:] = torch.arange(code_slots, slots, device=device)  # latents are not permuted
+        picked = rows[:, places][..., columns.flatten().to(device) % (dim + 1)]
         # Rotated pairs: first coordinates of eight pairs, then their second ones.
         turned = picked[..., : 2 * fast].unflatten(-1, (-1, 8, 2)).transpose(-1, -2).flatten(-3)
         still = picked[..., 2 * fast :]
@@ -120,7 +130,15 @@ class HopperOperands:
             :, columns.flatten().to(device) % (dim + 1)
         ]
         tables = (plain.keys.layout, plain.values.layout)
-        by_head = [_describe(tables[0], tables[0].group_fields(head), head_fields) for head in range(heads)]
+        own_fields = [tables[0].group_fields(head) for head in range(heads)]
+        own_planes = [sorted({field.plane for field in own}) for own in own_fields]
+        by_head = [
+            _describe(tables[0], own, head_fields, planes)
+            for own, planes in zip(own_fields, own_planes, strict=True)
+        ]
+        most_planes = max(1, *map(len, own_planes))
+        gains = level_slopes(tables[0])[1]
+        cubic = max(sum(float(gains[field.coefficients[0]]) != 0 for field in own) for own in own_fields)
         chunks = (plain.keys.chunks, plain.values.chunks)
         sums = [_describe(t, t.fields, 4 * n) for t, n in zip(tables, chunks, strict=True)]
         spread = angles[by_angle]
@@ -150,6 +168,15 @@ class HopperOperands:
             turns.to(device),
             torch.stack(by_head).to(device),
             torch.cat(sums).to(device),
+            torch.tensor(
+                [
+                    [plane * PLANE_BYTES for plane in planes] + [-1] * (most_planes - len(planes))
+                    for planes in own_planes
+                ],
+                dtype=torch.int32,
+                device=device,
+            ),
+            cubic,
             latent,
             plain.epilogue.transpose(1, 2).contiguous(),
         )
@@ -209,8 +236,13 @@ def unsupported(plain: DecodeOperands) -> str | None:
     return None
 
 
-def _describe(layout: PageLayout, fields: Sequence[Field], count: int) -> Tensor:
-    """Return ``[count, 8]`` int32 descriptions, zero (all codes 0) past the fields."""
+def _describe(
+    layout: PageLayout, fields: Sequence[Field], count: int, planes: Sequence[int] | None = None
+) -> Tensor:
+    """Return ``[count, 8]`` int32 descriptions, zero (all codes 0) past the fields.
+
+    Offsets are those in a page; with ``planes``, those in 16 tokens of these planes, one behind the other.
+    """
     gains = level_slopes(layout)[1]
     words = torch.zeros(count, 8, dtype=torch.int32)
     for row, field in zip(words, fields, strict=False):
@@ -220,7 +252,8 @@ def _describe(layout: PageLayout, fields: Sequence[Field], count: int) -> Tensor
         twice = [(bits & 0xFFFF) * 0x10001 for bits in halves.view(torch.int16).tolist()]
         middle = torch.tensor(0.0 if gain else field.centre, dtype=torch.float32).view(torch.int32)
         mask = field.mask * 0x01010101
-        parts = [field.plane * PLANE_BYTES, mask, *twice, int(middle), 0]
+        offset = field.plane * PLANE_BYTES if planes is None else planes.index(field.plane) * PLANE_BYTES // 4
+        parts = [offset, mask, *twice, int(middle), 0]
         row.copy_(torch.tensor([part - (1 << 32) if part >= 1 << 31 else part for part in parts]))
     return words
 
