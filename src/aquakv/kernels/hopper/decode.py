@@ -16,7 +16,7 @@ from aquakv.kernels.pages import PAGE_TOKENS, PLANE_BYTES
 MAX_BLOCK_BYTES = 227 * 1024
 
 _TEAMS = 3  # warpgroups of a block of sums
-_SCORE_TEAMS = 4  # and of scores
+_SCORE_TEAMS = 3  # and of scores
 _FIELD_BYTES = 32
 _LOG2_E = 1.4426950408889634
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -108,7 +108,8 @@ def score_shared_bytes(operands: HopperOperands) -> int:
     blocks = -(-(operands.head_fields + rank // 16) // 4)
     images = blocks * (fast // 8 + 8) * 1024 + fast // 16 * 2048
     warp = 16 * rank * 2 + (operands.score_planes.shape[1] * 16 + 2) * 16
-    own = -(-(8 * (blocks * 1024 + fast // 16 * 128 + 64) + 4 * warp) // 1024) * 1024
+    own = 8 * blocks * 1024 + 16 * (-(-fast // 64) * 1024 + 64) + 4 * warp
+    own = -(-own // 1024) * 1024
     rest = (4 * operands.fast_pairs + 10 * operands.slow_pairs) * 8
     rest += operands.head_fields * _FIELD_BYTES + fast * 2 + 8
     return images + _SCORE_TEAMS * own + rest

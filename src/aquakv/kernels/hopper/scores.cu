@@ -7,7 +7,7 @@
 // offset from the page's centre and multiplied with the query. The others hardly turn: their contribution is a
 // polynomial of first order in the offset, so the query, turned back by the page's angle, and its derivative are
 // multiplied into the operands once for eight pages ("absorbed": 8 columns instead of up to 64). The warps of a
-// warpgroup wait for each other twice in eight pages.
+// warpgroup wait for each other twice in eight pages. While a page's products run, the page before is rotated.
 //
 // A token's scale belongs to its codes only. All else is divided by it before the products, and the score is
 // multiplied by it after them, so that codes and latents are one chain of products.
@@ -23,7 +23,9 @@ constexpr int TILES = FAST / 8;                // of 8 columns: first coordinate
 constexpr int FAST_PAIRS = FAST / 2;
 constexpr int SLOW_PAIRS = SLOW / 2;
 constexpr int PAIRS = FAST_PAIRS + SLOW_PAIRS; // in tables, pairs that do not exist included
+constexpr int QUERY_BLOCKS = (FAST + 63) / 64;
 constexpr int BATCH = 8;                       // pages whose operands are made together
+constexpr int RING = 2 * BATCH;                // pages whose queries are there: the last of a batch is late
 
 constexpr int THREADS = 128 * TEAMS;
 constexpr int CODE_CHUNKS = PLANES * 16 + 2;   // of 16 bytes, for 16 tokens: planes, scales, attended bits
@@ -39,9 +41,9 @@ struct Shared {
 };
 struct Own {
     static constexpr int absorbed = 0;                                       // [BATCH][BLOCKS] atoms
-    static constexpr int query = absorbed + BATCH * BLOCKS * 1024;           // uint2 [BATCH][TILES / 2][4][4]
-    static constexpr int polynomial = query + BATCH * TILES / 2 * 128;       // float [BATCH][4][4]
-    static constexpr int warps = polynomial + BATCH * 64;                    // [4][WARP_BYTES]: latents, codes
+    static constexpr int query = absorbed + BATCH * BLOCKS * 1024;           // [RING][QUERY_BLOCKS] atoms
+    static constexpr int polynomial = query + RING * QUERY_BLOCKS * 1024;    // float [RING][4][4]
+    static constexpr int warps = polynomial + RING * 64;                     // [4][WARP_BYTES]: latents, codes
     static constexpr int bytes = (warps + 4 * WARP_BYTES + 1023) / 1024 * 1024;
 };
 struct Rest {
@@ -161,6 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         const float* from = offsets + (head * PAIRS + t / 2 * 8 + i / TILES * 2) * 2 + t % 2;
         ((u32*)(shared + Rest::fast_offset))[i] = pack_half2(from[0], from[2]);
     }
+    // Odd columns of the query stay zero, so that a thread's first column is its query head.
+    for (int i = thread; i < RING * QUERY_BLOCKS * 256; i += 128) ((u32*)(own + Own::query))[i] = 0;
     depend_on_previous();
     if (begin < end) copy_latents(begin);
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -190,6 +194,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 
     barrier_wait(barrier, 0);
 
+    // Of the page before: coordinates as pairs of halves, part of the slow ones, scale, whether tokens are seen.
+    u32 coordinates[TILES / 2][4], inverse[2] = {0, 0};
+    float smooth[4] = {0, 0, 0, 0}, scale[2] = {0, 0}, score[4];
+    bool seen[2] = {false, false};
+#pragma unroll
+    for (int t = 0; t < TILES / 2; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) coordinates[t][i] = 0;
+    auto multiply_query = [&](int page) {
+        // Rotate pairs by their tokens' offsets from the page's centre; they become the next left operand.
+#pragma unroll
+        for (int t = 0; t < TILES / 2; t++) {
+            uint4 turn;
+            load_shared(base + Shared::turns + (t * 128 + thread) * 16, turn.x, turn.y, turn.z, turn.w);
+            uint2 offset;
+            load_shared(base + Rest::fast_offset + (quad * TILES + 2 * t) * 4, offset.x, offset.y);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const u32 a = hfma2(offset.x, inverse[j], coordinates[t][j]), b = hfma2(offset.y, inverse[j], coordinates[t][2 + j]);
+                const u32 cosine = j ? turn.z : turn.x, sine = j ? turn.w : turn.y;
+                coordinates[t][j] = hfma2(a, cosine, hneg2(hmul2(b, sine)));
+                coordinates[t][2 + j] = hfma2(b, cosine, hmul2(a, sine));
+            }
+        }
+        const u32 right = own_base + Own::query + ((page - begin) & (RING - 1)) * QUERY_BLOCKS * 1024;
+        keep(score);
+#pragma unroll
+        for (int t = 0; t < TILES / 2; t++) keep(coordinates[t]);
+        wgmma_fence();
+#pragma unroll
+        for (int t = 0; t < TILES / 2; t++) wgmma_8(score, coordinates[t], descriptor128(right + t / 4 * 1024) + 2 * (t % 4), t > 0);
+        wgmma_commit();
+    };
+    auto finish = [&](int page) {
+        keep(score);
+#pragma unroll
+        for (int t = 0; t < TILES / 2; t++) keep(coordinates[t]);
+        if (quad < GROUP) {
+            u32 p[4];
+            load_shared(own_base + Own::polynomial + (((page - begin) & (RING - 1)) * 4 + quad) * 16, p[0], p[1], p[2], p[3]);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float x = (float(first + 8 * j) - 31.5f) * (1.0f / 32.0f);
+                float s = scale[j] * fmaf(smooth[2 * j + 1], x, smooth[2 * j] + score[2 * j]);
+                const float high = fmaf(__uint_as_float(p[3]), x, __uint_as_float(p[2]));
+                s += fmaf(fmaf(high, x, __uint_as_float(p[1])), x, __uint_as_float(p[0]));
+#if SOFTCAP
+                s = softcap * 1.4426950408889634f * tanhf(s / softcap);
+#endif
+                s = seen[j] ? s : -INFINITY;
+                if (page >= begin) out[long(page) * (KV_HEADS * GROUP * 64) + 8 * j] = s;
+                largest = fmaxf(largest, s);
+            }
+        }
+    };
+
     for (int start = begin; start < end; start += BATCH) {
         // ---- the queries of eight pages, turned back by the pages' angles -----------------------------------
         team_sync();  // the batch before has been read
@@ -202,7 +262,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             const uint2 both = make_uint2(
                 pack_half2(q.x * turn.x + q.y * turn.y, q.z * turn.z + q.w * turn.w),
                 pack_half2(q.y * turn.x - q.x * turn.y, q.w * turn.z - q.z * turn.w));
-            *(uint2*)(own + Own::query + (((local * (TILES / 2) + couple / 4) * 4 + member) * 4 + couple % 4) * 8) = both;
+            const int column = couple / 4 * 16 + couple % 4 * 2, slot = (start - begin + local) & (RING - 1);
+            u8* to = own + Own::query + (slot * QUERY_BLOCKS + column / 64) * 1024;
+            *(u32*)(to + swizzle128(2 * member, column % 64 * 2)) = both.x;
+            *(u32*)(to + swizzle128(2 * member, column % 64 * 2 + 16)) = both.y;
         }
         {
             // Rows of this product: page 2 * warp + j, column `group`: query head, and order of the derivative.
@@ -236,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
                     sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
                     if (quad == 0)
-                        ((float*)(own + Own::polynomial))[((2 * warp + j) * 4 + (group >> 1)) * 4 + (group & 1) + 2 * m] = m ? sum * factor : sum;
+                        ((float*)(own + Own::polynomial))[((((start - begin) & (RING - 1)) + 2 * warp + j) * 4 + (group >> 1)) * 4 + (group & 1) + 2 * m] = m ? sum * factor : sum;
                 }
 #pragma unroll
             for (int block = 0; block < BLOCKS; block++) {
@@ -298,16 +361,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                     codes[f][2 + j] = high;
                 }
             }
-            u32 inverse[2];
-            float scale[2];
+            u32 own_inverse[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float one = inverse_scale(scale_codes[j]);
-                inverse[j] = pack_half2(one, one);
-                scale[j] = reciprocal(low_float(inverse[j]));
+                own_inverse[j] = pack_half2(one, one);
             }
-            const bool seen[2] = {(attended & 1) != 0 && page * 64 + first < length,
-                                  (attended & 256) != 0 && page * 64 + first + 8 < length};
             __syncwarp();  // they have been read
             if (page + 1 < end) {
                 copy_codes(page + 1);
@@ -317,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 #pragma unroll
             for (int k = 0; k < LATENT_STEPS; k++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) latent[k][i] = hmul2(latent[k][i], inverse[i % 2]);
+                for (int i = 0; i < 4; i++) latent[k][i] = hmul2(latent[k][i], own_inverse[i % 2]);
 
             float sum[FAST / 2], still[4];
             keep(sum);
@@ -340,6 +399,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                 wgmma_8(still, latent[k], descriptor128(absorbed + step / 4 * 1024) + 2 * (step % 4), true);
             }
             wgmma_commit();
+            multiply_query(page - 1);
             wgmma_wait<0>();
             keep(sum);
             keep(still);
@@ -347,49 +407,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             for (int f = 0; f < CODE_STEPS; f++) keep(codes[f]);
 #pragma unroll
             for (int k = 0; k < LATENT_STEPS; k++) keep(latent[k]);
-
-            // Rotate pairs by their tokens' offsets from the page's centre; they become the next left operand.
-            float score[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+            finish(page - 1);
 #pragma unroll
-            for (int t = 0; t < TILES / 2; t++) {
-                uint4 turn;
-                load_shared(base + Shared::turns + (t * 128 + thread) * 16, turn.x, turn.y, turn.z, turn.w);
-                uint2 offset;
-                load_shared(base + Rest::fast_offset + (quad * TILES + 2 * t) * 4, offset.x, offset.y);
-                u32 rotated[4];
+            for (int t = 0; t < TILES / 2; t++)
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const u32 a = hfma2(offset.x, inverse[j], pack_half2(sum[8 * t + 2 * j], sum[8 * t + 2 * j + 1]));
-                    const u32 b = hfma2(offset.y, inverse[j], pack_half2(sum[8 * t + 4 + 2 * j], sum[8 * t + 4 + 2 * j + 1]));
-                    const u32 cosine = j ? turn.z : turn.x, sine = j ? turn.w : turn.y;
-                    rotated[j] = hfma2(a, cosine, hneg2(hmul2(b, sine)));
-                    rotated[2 + j] = hfma2(b, cosine, hmul2(a, sine));
-                }
-                // Odd columns of the query are zero, so that a thread's first column is its query head.
-                uint2 right = make_uint2(0, 0);
-                if (group % 2 == 0)
-                    load_shared(own_base + Own::query + (((local * (TILES / 2) + t) * 4 + group / 2) * 4 + quad) * 8, right.x, right.y);
-                mma_8(score[t % 2], rotated, right.x, right.y);
-            }
-            if (quad < GROUP) {
-                u32 poly[4];
-                load_shared(own_base + Own::polynomial + (local * 4 + quad) * 16, poly[0], poly[1], poly[2], poly[3]);
+                for (int i = 0; i < 4; i++) coordinates[t][i] = pack_half2(sum[8 * t + 4 * (i / 2) + 2 * (i % 2)], sum[8 * t + 4 * (i / 2) + 2 * (i % 2) + 1]);
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const float x = (float(first + 8 * j) - 31.5f) * (1.0f / 32.0f);
-                    float s = scale[j] * fmaf(still[2 * j + 1], x, still[2 * j] + score[0][2 * j] + score[1][2 * j]);
-                    float smooth = fmaf(__uint_as_float(poly[3]), x, __uint_as_float(poly[2]));
-                    smooth = fmaf(smooth, x, __uint_as_float(poly[1]));
-                    s += fmaf(smooth, x, __uint_as_float(poly[0]));
-#if SOFTCAP
-                    s = softcap * 1.4426950408889634f * tanhf(s / softcap);
-#endif
-                    s = seen[j] ? s : -INFINITY;
-                    out[long(page) * (KV_HEADS * GROUP * 64) + 8 * j] = s;
-                    largest = fmaxf(largest, s);
-                }
+            for (int i = 0; i < 4; i++) smooth[i] = still[i];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                inverse[j] = own_inverse[j];
+                scale[j] = reciprocal(low_float(inverse[j]));
+                seen[j] = (attended >> (8 * j) & 1) != 0 && page * 64 + first + 8 * j < length;
             }
         }
+    }
+    if (begin < end) {
+        multiply_query(end - 1);
+        wgmma_wait<0>();
+        finish(end - 1);
     }
     let_next_start();
 #pragma unroll
