@@ -66,6 +66,16 @@ DEVICE void unpack_centred(u32 word, const Field& f, u32& first, u32& second) {
     first = hfma2(hadd2(a, 0xE400E400u), f.unit, f.centre);
     second = hfma2(hadd2(b, 0xE400E400u), f.unit, f.centre);
 }
+// The same in one step, where 1024 plus the centre is a half-precision number: the field's `centre` is minus both.
+template <bool NATURAL>
+DEVICE void unpack_at_once(u32 word, const Field& f, u32& first, u32& second) {
+    const u32 bits = word & f.mask;
+    u32 a, b;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4140 : 0x4240));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
+    first = hfma2(a, f.unit, f.centre);
+    second = hfma2(b, f.unit, f.centre);
+}
 // The same without the centre, which saves a step where sums are corrected later.
 template <bool NATURAL>
 DEVICE void unpack_plain(u32 word, const Field& f, u32& first, u32& second) {
@@ -92,6 +102,7 @@ DEVICE float inverse_scale(u32 code) {
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 DEVICE void load_shared(u32 address, u32& a) { asm volatile("ld.shared.b32 %0, [%1];" : "=r"(a) : "r"(address)); }
+DEVICE void store_shared(u32 address, u32 a) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(a) : "memory"); }
 DEVICE void load_shared_byte(u32 address, u32& a) { asm volatile("ld.shared.u8 %0, [%1];" : "=r"(a) : "r"(address)); }
 DEVICE void load_shared(u32 address, u32& a, u32& b) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
@@ -110,6 +121,9 @@ DEVICE u32 swizzle128(u32 row, u32 byte) { return row * 128 + (byte ^ ((row & 7)
 DEVICE u64 descriptor128(u32 address) {
     return u64((address & 0x3FFFF) >> 4) | (u64(1) << 16) | (u64(1024 >> 4) << 32) | (u64(1) << 62);
 }
+// The same in two steps: the part with the address, to which sixteenths of bytes may be added, and the rest.
+DEVICE u32 descriptor_low(u32 address) { return ((address & 0x3FFFF) >> 4) | (1u << 16); }
+DEVICE u64 descriptor(u32 low) { return u64(low) | (u64(1024 >> 4 | 1u << 30) << 32); }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>

@@ -59,6 +59,7 @@ def scores(
         "FIELDS": fields,
         "PLANES": operands.score_planes.shape[1],
         "CUBIC": operands.cubic_fields,
+        "EXACT": operands.exact_fields,
         "RANK": rank,
         "TEAMS": _SCORE_TEAMS,
         "QUERY": _QUERY_KINDS[query.dtype],
@@ -107,10 +108,11 @@ def score_shared_bytes(operands: HopperOperands) -> int:
     rank = operands.plain.latent_width
     blocks = -(-(operands.head_fields + rank // 16) // 4)
     images = blocks * (fast // 8 + 8) * 1024 + fast // 16 * 2048
-    warp = 16 * rank * 2 + (operands.score_planes.shape[1] * 16 + 2) * 16
-    own = 8 * blocks * 1024 + 16 * (-(-fast // 64) * 1024 + 64) + 4 * warp
-    own = -(-own // 1024) * 1024
-    rest = (4 * operands.fast_pairs + 10 * operands.slow_pairs) * 8
+    pairs = operands.fast_pairs + operands.slow_pairs
+    warp = -(-(16 * rank * 2 + (operands.score_planes.shape[1] * 16 + 2) * 16) // 128) * 128
+    own = 8 * blocks * 1024 + 9 * (-(-fast // 64) * 1024 + 64) + 8 * pairs * 8
+    own = -(-(-(-own // 128) * 128 + 4 * warp) // 1024) * 1024
+    rest = (4 * operands.fast_pairs + 8 * operands.slow_pairs) * 8 + 1024
     rest += operands.head_fields * _FIELD_BYTES + fast * 2 + 8
     return images + _SCORE_TEAMS * own + rest
 

@@ -48,8 +48,11 @@ class HopperOperands:
     score_planes
         ``[kv_heads, planes]`` int32: where the planes with a head's codes are in a record, -1 past the last;
         offsets of `score_fields` count from the first.
-    cubic_fields
-        Fields of a head whose levels may be unequally spaced: the first ones.
+    field_order
+        For every head its fields, as numbers in the layout's order, in the order that these operands have.
+    cubic_fields, exact_fields
+        Fields of a head whose levels may be unequally spaced, and those whose codes may have to be numbers
+        before they are centred, as 1024 plus half a number is no half: the first ones.
     latent_images
         uint8: innovation and transition; None at the last layer.
     epilogue
@@ -68,7 +71,9 @@ class HopperOperands:
     score_fields: Tensor
     sum_fields: Tensor
     score_planes: Tensor
+    field_order: list[list[int]]
     cubic_fields: int
+    exact_fields: int
     latent_images: Tensor | None
     epilogue: Tensor
 
@@ -109,8 +114,22 @@ class HopperOperands:
         steps = head_fields + plain.latent_width // 16
         slots = -(-steps // 4) * CHUNK_SLOTS
         rows = plain.score_synthesis.new_zeros(heads, slots, dim + 1)
-        count = min(head_fields * FIELD_COLUMNS, plain.score_synthesis.shape[1])
-        rows[:, :count, :dim] = plain.score_synthesis[:, :count] / SCALE_ROOM
+        table = plain.keys.layout
+        gains = level_slopes(table)[1]
+        own_fields: list[list[Field]] = []
+        order_of_fields: list[list[int]] = []
+        cubic = exact = 0
+        for head in range(heads):
+            found = table.group_fields(head)
+            kinds = [0 if gains[f.coefficients[0]] != 0 else 1 if f.shift == 0 else 2 for f in found]
+            by_kind = sorted(range(len(found)), key=kinds.__getitem__)
+            order_of_fields.append(by_kind)
+            own_fields.append([found[i] for i in by_kind])
+            cubic, exact = max(cubic, kinds.count(0)), max(exact, kinds.count(0) + kinds.count(1))
+            for place, i in enumerate(by_kind):
+                part = plain.score_synthesis[head, i * FIELD_COLUMNS : (i + 1) * FIELD_COLUMNS]
+                start = place * FIELD_COLUMNS
+                rows[head, start : start + FIELD_COLUMNS, :dim] = part / SCALE_ROOM
         if plain.latent_synthesis is not None:
             start = head_fields * FIELD_COLUMNS
             rows[:, start : start + plain.latent_width, :dim] = plain.latent_synthesis
@@ -129,16 +148,13 @@ class HopperOperands:
         offsets = torch.nn.functional.pad(plain.key_offset, (0, 1))[
             :, columns.flatten().to(device) % (dim + 1)
         ]
-        tables = (plain.keys.layout, plain.values.layout)
-        own_fields = [tables[0].group_fields(head) for head in range(heads)]
+        tables = (table, plain.values.layout)
         own_planes = [sorted({field.plane for field in own}) for own in own_fields]
         by_head = [
-            _describe(tables[0], own, head_fields, planes)
+            _describe(table, own, head_fields, planes, exact)
             for own, planes in zip(own_fields, own_planes, strict=True)
         ]
         most_planes = max(1, *map(len, own_planes))
-        gains = level_slopes(tables[0])[1]
-        cubic = max(sum(float(gains[field.coefficients[0]]) != 0 for field in own) for own in own_fields)
         chunks = (plain.keys.chunks, plain.values.chunks)
         sums = [_describe(t, t.fields, 4 * n) for t, n in zip(tables, chunks, strict=True)]
         spread = angles[by_angle]
@@ -176,7 +192,9 @@ class HopperOperands:
                 dtype=torch.int32,
                 device=device,
             ),
+            order_of_fields,
             cubic,
+            exact,
             latent,
             plain.epilogue.transpose(1, 2).contiguous(),
         )
@@ -237,18 +255,24 @@ def unsupported(plain: DecodeOperands) -> str | None:
 
 
 def _describe(
-    layout: PageLayout, fields: Sequence[Field], count: int, planes: Sequence[int] | None = None
+    layout: PageLayout,
+    fields: Sequence[Field],
+    count: int,
+    planes: Sequence[int] | None = None,
+    exact: int | None = None,
 ) -> Tensor:
     """Return ``[count, 8]`` int32 descriptions, zero (all codes 0) past the fields.
 
-    Offsets are those in a page; with ``planes``, those in 16 tokens of these planes, one behind the other.
+    Offsets are those in a page; with ``planes``, those in 16 tokens of these planes, one behind the other. The
+    centre of fields past the first ``exact`` has what `unpack_at_once` subtracts.
     """
     gains = level_slopes(layout)[1]
     words = torch.zeros(count, 8, dtype=torch.int32)
-    for row, field in zip(words, fields, strict=False):
+    for number, (row, field) in enumerate(zip(words, fields, strict=False)):
         gain = float(gains[field.coefficients[0]])
         unit = 2.0**-field.shift
-        halves = torch.tensor([unit, -field.centre, gain, -1024 * unit], dtype=torch.float16)
+        room = 1024 * unit if exact is not None and number >= exact else 0.0
+        halves = torch.tensor([unit, -field.centre - room, gain, -1024 * unit], dtype=torch.float16)
         twice = [(bits & 0xFFFF) * 0x10001 for bits in halves.view(torch.int16).tolist()]
         middle = torch.tensor(0.0 if gain else field.centre, dtype=torch.float32).view(torch.int32)
         mask = field.mask * 0x01010101

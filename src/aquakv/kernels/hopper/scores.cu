@@ -13,7 +13,8 @@
 // multiplied by it after them, so that codes and latents are one chain of products.
 //
 // Compile-time numbers: KV_HEADS, GROUP (query heads of a KV head, at most 4), DIM, FAST, SLOW (padded to 16),
-// FIELDS and PLANES (of a head, at most), CUBIC (the first fields, which alone may have cubic levels), RANK, TEAMS (warpgroups), QUERY (0 float32, 1 float16, 2 bfloat16), SOFTCAP.
+// FIELDS and PLANES (of a head, at most), CUBIC (the first fields, which alone may have cubic levels), EXACT (the
+// first fields, which alone may need their codes before they are centred), RANK, TEAMS (warpgroups), QUERY (0 float32, 1 float16, 2 bfloat16), SOFTCAP.
 
 constexpr int CODE_STEPS = FIELDS;             // products of 16 slots each
 constexpr int LATENT_STEPS = RANK / 16;
@@ -25,32 +26,33 @@ constexpr int SLOW_PAIRS = SLOW / 2;
 constexpr int PAIRS = FAST_PAIRS + SLOW_PAIRS; // in tables, pairs that do not exist included
 constexpr int QUERY_BLOCKS = (FAST + 63) / 64;
 constexpr int BATCH = 8;                       // pages whose operands are made together
-constexpr int RING = 2 * BATCH;                // pages whose queries are there: the last of a batch is late
+constexpr int SLOTS = BATCH + 1;               // pages whose queries are there: the last of a batch is late
 
 constexpr int THREADS = 128 * TEAMS;
 constexpr int CODE_CHUNKS = PLANES * 16 + 2;   // of 16 bytes, for 16 tokens: planes, scales, attended bits
 constexpr int CODE_ROUNDS = (CODE_CHUNKS + 31) / 32;
 constexpr int LATENT_CHUNKS = RANK / 8 > 0 ? RANK / 8 : 1;  // of a token
-constexpr int WARP_BYTES = 16 * RANK * 2 + CODE_CHUNKS * 16;
+constexpr int WARP_BYTES = (16 * RANK * 2 + CODE_CHUNKS * 16 + 127) / 128 * 128;
 
 struct Shared {
     static constexpr int synthesis = 0;                                      // [BLOCKS][TILES] atoms
     static constexpr int slow = synthesis + BLOCKS * TILES * 1024;           // [BLOCKS][8] atoms
     static constexpr int turns = slow + BLOCKS * 8 * 1024;                   // [TILES / 2][128] uint4
-    static constexpr int own = turns + TILES / 2 * 2048;                     // [TEAMS][Own::bytes]
+    static constexpr int slow_offset = turns + TILES / 2 * 2048;             // one atom
+    static constexpr int own = slow_offset + 1024;                           // [TEAMS][Own::bytes]
 };
 struct Own {
     static constexpr int absorbed = 0;                                       // [BATCH][BLOCKS] atoms
-    static constexpr int query = absorbed + BATCH * BLOCKS * 1024;           // [RING][QUERY_BLOCKS] atoms
-    static constexpr int polynomial = query + RING * QUERY_BLOCKS * 1024;    // float [RING][4][4]
-    static constexpr int warps = polynomial + RING * 64;                     // [4][WARP_BYTES]: latents, codes
+    static constexpr int query = absorbed + BATCH * BLOCKS * 1024;           // [SLOTS][QUERY_BLOCKS] atoms
+    static constexpr int polynomial = query + SLOTS * QUERY_BLOCKS * 1024;    // float [SLOTS][4][4]
+    static constexpr int turns = polynomial + SLOTS * 64;                    // float2 [BATCH][PAIRS]
+    static constexpr int warps = (turns + BATCH * PAIRS * 8 + 127) / 128 * 128;  // [4][WARP_BYTES]: latents, codes
     static constexpr int bytes = (warps + 4 * WARP_BYTES + 1023) / 1024 * 1024;
 };
 struct Rest {
     static constexpr int fast_query = Shared::own + TEAMS * Own::bytes;      // float [4][FAST_PAIRS][2]
     static constexpr int slow_query = fast_query + 4 * FAST_PAIRS * 8;       // float [4][2: derivative][SLOW_PAIRS][2]
-    static constexpr int slow_offset = slow_query + 8 * SLOW_PAIRS * 8;      // float [SLOW_PAIRS][4]: and by angle^2
-    static constexpr int fields = slow_offset + SLOW_PAIRS * 16;             // Field [FIELDS]
+    static constexpr int fields = slow_query + 8 * SLOW_PAIRS * 8;           // Field [FIELDS]
     static constexpr int fast_offset = fields + FIELDS * 32;                 // u32 [4][TILES], pairs of halves
     static constexpr int barrier = fast_offset + FAST * 2;
 };
@@ -140,22 +142,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         for (int i = 0; i < CODE_ROUNDS; i++)
             if (source[i] >= 0) copy_chunk(own_codes_at + (32 * i + lane) * 16, record + source[i]);
     };
-    const u8* own_latents = latents + (long(row) * num_pages * 64 + warp * 16) * RANK * 2 + lane * 16;
-    auto copy_latents = [&](int page) {
+    const u8* next_latents = latents + (long(row) * num_pages * 64 + long(begin) * 64 + warp * 16) * RANK * 2 + lane * 16;
+    const u32 latents_to = own_latents_at + latent_place(lane / LATENT_CHUNKS, lane % LATENT_CHUNKS);
+    auto copy_latents = [&] {
 #pragma unroll
-        for (int i = 0; i < RANK / 16; i++) {
-            const u32 chunk = 32 * i + lane;
-            copy_chunk(own_latents_at + latent_place(chunk / LATENT_CHUNKS, chunk % LATENT_CHUNKS), own_latents + long(page) * 64 * RANK * 2 + i * 512);
+        for (int i = 0; i < RANK / 16; i++)  // RANK is a power of two; with 64 every other four tokens differ in place
+            copy_chunk((latents_to ^ (RANK == 64 && i % 2 ? 64 : 0)) + i * 512, next_latents + i * 512);
+        next_latents += 64 * RANK * 2;
+    };
+    auto copy_turns = [&](int start) {
+        for (int i = thread; i < BATCH * PAIRS / 2; i += 128) {
+            const int page = min(start + i / (PAIRS / 2), last_page);
+            copy_chunk(own_base + Own::turns + i * 16, page_turns + (long(row) * num_pages + page) * PAIRS + i % (PAIRS / 2) * 2);
         }
     };
     if (begin < end) copy_codes(begin);
     for (int i = threadIdx.x; i < FIELDS * 8; i += THREADS)
         ((u32*)(shared + Rest::fields))[i] = ((const u32*)(fields + head * FIELDS))[i];
-    for (int i = threadIdx.x; i < SLOW_PAIRS * 2; i += THREADS) {
-        const float value = offsets[(head * PAIRS + FAST_PAIRS) * 2 + i], angle = angles[FAST_PAIRS + i / 2];
-        float* to = (float*)(shared + Rest::slow_offset) + i / 2 * 4 + i % 2;
-        to[0] = value;
-        to[2] = -value * angle * angle;
+    // Offsets of slow coordinates as columns of a right operand: as they are and times minus the square of the angle,
+    // each as a half and what it leaves.
+    for (int i = threadIdx.x; i < 8 * 64; i += THREADS) {
+        const int column = i / 64, coordinate = i % 64;
+        float value = 0;
+        if (column < 4 && coordinate < SLOW) {
+            const float angle = angles[FAST_PAIRS + coordinate / 2];
+            value = offsets[(head * PAIRS + FAST_PAIRS) * 2 + coordinate] * (column < 2 ? 1.0f : -angle * angle);
+            if (column % 2) value -= low_float(pack_half2(value, value));
+        }
+        *(unsigned short*)(shared + Shared::slow_offset + swizzle128(column, coordinate * 2)) = (unsigned short)pack_half2(value, value);
     }
     for (int i = threadIdx.x; i < FAST / 2; i += THREADS) {
         // Of tile t: coordinate t % 2 of the pairs 8 * (t / 2) + 2 * quad and the next.
@@ -164,9 +178,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         ((u32*)(shared + Rest::fast_offset))[i] = pack_half2(from[0], from[2]);
     }
     // Odd columns of the query stay zero, so that a thread's first column is its query head.
-    for (int i = thread; i < RING * QUERY_BLOCKS * 256; i += 128) ((u32*)(own + Own::query))[i] = 0;
+    for (int i = thread; i < SLOTS * QUERY_BLOCKS * 256; i += 128) ((u32*)(own + Own::query))[i] = 0;
     depend_on_previous();
-    if (begin < end) copy_latents(begin);
+    if (begin < end) {
+        copy_latents();
+        copy_turns(begin);
+    }
     asm volatile("cp.async.commit_group;" ::: "memory");
     for (int i = threadIdx.x; i < 4 * PAIRS * 2; i += THREADS) {
         const int member = i / (PAIRS * 2), coordinate = pair_order[i % (PAIRS * 2)];
@@ -194,6 +211,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 
     barrier_wait(barrier, 0);
 
+    const u32 synthesis = descriptor_low(base + Shared::synthesis);
+    const u32 absorbed_by_page = descriptor_low(own_base + Own::absorbed), query_by_page = descriptor_low(own_base + Own::query);
+    const u32 latents_from = own_latents_at + latent_place(lane & 15, lane >> 4);
+    auto slot_of = [&](int page) {
+        const int turn = (page - begin) & (2 * BATCH - 1);
+        return turn == 2 * BATCH - 1 ? BATCH : turn & (BATCH - 1);
+    };
     // Of the page before: coordinates as pairs of halves, part of the slow ones, scale, whether tokens are seen.
     u32 coordinates[TILES / 2][4], inverse[2] = {0, 0};
     float smooth[4] = {0, 0, 0, 0}, scale[2] = {0, 0}, score[4];
@@ -218,13 +242,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                 coordinates[t][2 + j] = hfma2(b, cosine, hmul2(a, sine));
             }
         }
-        const u32 right = own_base + Own::query + ((page - begin) & (RING - 1)) * QUERY_BLOCKS * 1024;
+        const u32 right = query_by_page + slot_of(page) * QUERY_BLOCKS * 64;
         keep(score);
 #pragma unroll
         for (int t = 0; t < TILES / 2; t++) keep(coordinates[t]);
         wgmma_fence();
 #pragma unroll
-        for (int t = 0; t < TILES / 2; t++) wgmma_8(score, coordinates[t], descriptor128(right + t / 4 * 1024) + 2 * (t % 4), t > 0);
+        for (int t = 0; t < TILES / 2; t++) wgmma_8(score, coordinates[t], descriptor(right + t / 4 * 64 + 2 * (t % 4)), t > 0);
         wgmma_commit();
     };
     auto finish = [&](int page) {
@@ -233,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         for (int t = 0; t < TILES / 2; t++) keep(coordinates[t]);
         if (quad < GROUP) {
             u32 p[4];
-            load_shared(own_base + Own::polynomial + (((page - begin) & (RING - 1)) * 4 + quad) * 16, p[0], p[1], p[2], p[3]);
+            load_shared(own_base + Own::polynomial + (slot_of(page) * 4 + quad) * 16, p[0], p[1], p[2], p[3]);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float x = (float(first + 8 * j) - 31.5f) * (1.0f / 32.0f);
@@ -252,17 +276,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 
     for (int start = begin; start < end; start += BATCH) {
         // ---- the queries of eight pages, turned back by the pages' angles -----------------------------------
-        team_sync();  // the batch before has been read
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        team_sync();  // the batch before has been read, the pages' turns are there
 #pragma unroll 2
         for (int i = thread; i < BATCH * 4 * FAST_PAIRS / 2; i += 128) {
             const int couple = i % (FAST_PAIRS / 2), member = i / (FAST_PAIRS / 2) % 4, local = i / (FAST_PAIRS * 2);
-            const int page = min(start + local, end - 1);
-            const float4 turn = __ldg((const float4*)(page_turns + (long(row) * num_pages + page) * PAIRS + 2 * couple));
+            const float4 turn = *(const float4*)(own + Own::turns + (local * PAIRS + 2 * couple) * 8);
             const float4 q = *(const float4*)(shared + Rest::fast_query + (member * FAST_PAIRS + 2 * couple) * 8);
             const uint2 both = make_uint2(
                 pack_half2(q.x * turn.x + q.y * turn.y, q.z * turn.z + q.w * turn.w),
                 pack_half2(q.y * turn.x - q.x * turn.y, q.w * turn.z - q.z * turn.w));
-            const int column = couple / 4 * 16 + couple % 4 * 2, slot = (start - begin + local) & (RING - 1);
+            const int column = couple / 4 * 16 + couple % 4 * 2, slot = slot_of(start + local);
             u8* to = own + Own::query + (slot * QUERY_BLOCKS + column / 64) * 1024;
             *(u32*)(to + swizzle128(2 * member, column % 64 * 2)) = both.x;
             *(u32*)(to + swizzle128(2 * member, column % 64 * 2 + 16)) = both.y;
@@ -270,66 +294,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         {
             // Rows of this product: page 2 * warp + j, column `group`: query head, and order of the derivative.
             u32 left[SLOW / 16][4];
-            float sums[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int page = min(start + 2 * warp + j, end - 1);
-                const float2* page_turn = page_turns + (long(row) * num_pages + page) * PAIRS + FAST_PAIRS;
+            for (int j = 0; j < 2; j++)
 #pragma unroll
                 for (int k = 0; k < SLOW / 16; k++)
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const int pair = 8 * k + 4 * h + quad;
-                        const float2 turn = __ldg(page_turn + pair);
+                        const float2 turn = *(const float2*)(own + Own::turns + ((2 * warp + j) * PAIRS + FAST_PAIRS + pair) * 8);
                         const float2 q = *(const float2*)(shared + Rest::slow_query + (group * SLOW_PAIRS + pair) * 8);
-                        const float4 o = *(const float4*)(shared + Rest::slow_offset + pair * 16);
-                        const float u = q.x * turn.x + q.y * turn.y, v = q.y * turn.x - q.x * turn.y;
-                        left[k][2 * h + j] = pack_half2(u, v);
-                        sums[j][0] += u * o.x + v * o.y;
-                        sums[j][1] += u * o.z + v * o.w;
+                        left[k][2 * h + j] = pack_half2(q.x * turn.x + q.y * turn.y, q.y * turn.x - q.x * turn.y);
                     }
+            u32 places[8];
+#pragma unroll
+            for (int t = 0; t < 8; t++) {
+                places[t] = own_base + Own::absorbed + 2 * warp * BLOCKS * 1024 + swizzle128(group, t * 16 + quad * 4);
+                asm volatile("" : "+r"(places[t]));
             }
-            // Next coefficients of cosine and sine: of order 2 from order 0, of order 3 from order 1.
-            const float factor = group & 1 ? 1.0f / 6.0f : 0.5f;
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    float sum = sums[j][m];
-                    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-                    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-                    if (quad == 0)
-                        ((float*)(own + Own::polynomial))[((((start - begin) & (RING - 1)) + 2 * warp + j) * 4 + (group >> 1)) * 4 + (group & 1) + 2 * m] = m ? sum * factor : sum;
-                }
+            float constant[4];
 #pragma unroll
             for (int block = 0; block < BLOCKS; block++) {
                 float sum[32];
                 const u64 right = descriptor128(base + Shared::slow + block * 8192);
                 keep(sum);
+                if (block == 0) keep(constant);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < SLOW / 16; k++) wgmma_64(sum, left[k], right + 2 * k, k > 0);
+                if (block == 0)
+#pragma unroll
+                    for (int k = 0; k < SLOW / 16; k++) wgmma_8(constant, left[k], descriptor128(base + Shared::slow_offset) + 2 * k, k > 0);
                 wgmma_commit();
                 wgmma_wait<0>();
                 keep(sum);
+                if (block == 0) keep(constant);
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    u8* to = own + Own::absorbed + ((2 * warp + j) * BLOCKS + block) * 1024;
+                for (int j = 0; j < 2; j++)
 #pragma unroll
                     for (int t = 0; t < 8; t++)
-                        *(u32*)(to + swizzle128(group, t * 16 + quad * 4)) = pack_half2(sum[t * 4 + 2 * j], sum[t * 4 + 2 * j + 1]);
-                }
+                        store_shared(places[t] + (j * BLOCKS + block) * 1024, pack_half2(sum[t * 4 + 2 * j], sum[t * 4 + 2 * j + 1]));
             }
 #pragma unroll
             for (int k = 0; k < SLOW / 16; k++) keep(left[k]);
+            // Coefficients of orders 0 and 1 by quad 0, of 2 and 3 by quad 1: cosine and sine go on from them.
+            if (quad < 2)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const float factor = quad == 0 ? 1.0f : group & 1 ? 1.0f / 6.0f : 0.5f;
+                    const int place = slot_of(start + 2 * warp + j) * 16 + (group >> 1) * 4 + (group & 1) + 2 * quad;
+                    ((float*)(own + Own::polynomial))[place] = (constant[2 * j] + constant[2 * j + 1]) * factor;
+                }
         }
         fence_shared();
         team_sync();  // the operands of eight pages are there
+        if (start + BATCH < end) copy_turns(start + BATCH);
 
         // ---- page by page -----------------------------------------------------------------------------------
         const int stop = min(start + BATCH, end);
         for (int page = start; page < stop; page++) {
-            const int local = page - start;
             asm volatile("cp.async.wait_group 0;" ::: "memory");
             __syncwarp();  // the warp's codes and latents are there
             u32 scale_codes[2], attended;
@@ -340,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             u32 latent[LATENT_STEPS + (RANK == 0)][4];
 #pragma unroll
             for (int k = 0; k < LATENT_STEPS; k++)
-                load_matrices(own_latents_at + latent_place(lane & 15, 2 * k + (lane >> 4)), latent[k]);
+                load_matrices(latents_from ^ (k << 5), latent[k]);
             const u32 cells = own_codes_at + group * 16 + quad * 4;
             u32 codes[CODE_STEPS][4];
 #pragma unroll
@@ -355,7 +377,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     u32 low, high;
-                    unpack_centred<true>(words[j], field, low, high);
+                    if (f < EXACT) unpack_centred<true>(words[j], field, low, high);
+                    else unpack_at_once<true>(words[j], field, low, high);
                     if (f < CUBIC) low = cubic(low, field.gain), high = cubic(high, field.gain);
                     codes[f][j] = low;
                     codes[f][2 + j] = high;
@@ -370,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             __syncwarp();  // they have been read
             if (page + 1 < end) {
                 copy_codes(page + 1);
-                copy_latents(page + 1);
+                copy_latents();
             }
             asm volatile("cp.async.commit_group;" ::: "memory");
 #pragma unroll
@@ -381,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             float sum[FAST / 2], still[4];
             keep(sum);
             keep(still);
-            const u32 absorbed = own_base + Own::absorbed + local * BLOCKS * 1024;
+            const u32 absorbed = absorbed_by_page + (page - start) * BLOCKS * 64;
 #pragma unroll
             for (int f = 0; f < CODE_STEPS; f++) keep(codes[f]);
 #pragma unroll
@@ -389,14 +412,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             wgmma_fence();
 #pragma unroll
             for (int f = 0; f < CODE_STEPS; f++) {
-                wgmma_columns(sum, codes[f], descriptor128(base + Shared::synthesis + f / 4 * TILES * 1024) + 2 * (f % 4), f > 0);
-                wgmma_8(still, codes[f], descriptor128(absorbed + f / 4 * 1024) + 2 * (f % 4), f > 0);
+                wgmma_columns(sum, codes[f], descriptor(synthesis + f / 4 * TILES * 64 + 2 * (f % 4)), f > 0);
+                wgmma_8(still, codes[f], descriptor(absorbed + f / 4 * 64 + 2 * (f % 4)), f > 0);
             }
 #pragma unroll
             for (int k = 0; k < LATENT_STEPS; k++) {
                 const int step = CODE_STEPS + k;
-                wgmma_columns(sum, latent[k], descriptor128(base + Shared::synthesis + step / 4 * TILES * 1024) + 2 * (step % 4), true);
-                wgmma_8(still, latent[k], descriptor128(absorbed + step / 4 * 1024) + 2 * (step % 4), true);
+                wgmma_columns(sum, latent[k], descriptor(synthesis + step / 4 * TILES * 64 + 2 * (step % 4)), true);
+                wgmma_8(still, latent[k], descriptor(absorbed + step / 4 * 64 + 2 * (step % 4)), true);
             }
             wgmma_commit();
             multiply_query(page - 1);
