@@ -13,7 +13,10 @@ from aquakv.errors import ConfigError
 from aquakv.kernels import attend_codes, hopper
 from aquakv.kernels.hopper.compiler import compile_source, nvrtc_path, source_of
 from aquakv.kernels.hopper.operands import HopperOperands, pair_angles, split_pairs, unsupported
+from aquakv.kernels.hopper.order import LINEAR_WIDTH, latent_order
+from aquakv.kernels.pages import level_slopes
 from aquakv.kernels.rotary import PageRotary
+from aquakv.kernels.scores import next_latents
 
 #: Fields of 16 that have one width each, as codecs of the preset have them.
 UNIFORM = tuple(width for width in (4, 3, 2, 1) for _ in range(16))
@@ -141,6 +144,68 @@ def test_images_hold_the_operands(name):
     assert sorted(p for p in pairs if p < half) == list(range(half))
 
 
+def stored_codes(record, field):
+    """Return a field's codes in a record, ``[64, 16]`` float64."""
+    plane = record[field.plane * 1024 : (field.plane + 1) * 1024].view(64, 16)
+    return ((plane >> field.shift) & ((1 << field.width) - 1)).double()
+
+
+def levels(layout, field, codes):
+    """Return what stored codes stand for, up to the factor that matrices have."""
+    x = codes - field.centre
+    return x * (1 + float(level_slopes(layout)[1][field.coefficients[0]]) * x**2)
+
+
+@pytest.mark.parametrize("name", [name for name in FITTING if FITTING[name].next_rank])
+def test_next_latents_follow_from_images_and_constants(name):
+    """What next_latents.cu computes, in float64."""
+    case = make_case(FITTING[name])
+    _, codes, latents, plain, rotary = step_of(case)
+    arranged = HopperOperands.build(plain, rotary)
+    layout, width, rank = plain.keys.layout, plain.next_width, plain.latent_width
+    places, general = latent_order(layout.fields)
+    image = from_image(arranged.latent_images, width).double()
+    within = torch.tensor([4 * ((k % 8) // 2) + k % 2 + 2 * (k // 8) for k in range(16)])
+    runs = [(start, 4 if start + 4 <= width // 8 else 2) for start in range(0, width // 8, 4)]
+    columns = [
+        8 * start + 2 * count * quad + 2 * tile + odd
+        for start, count in runs
+        for tile in range(count)
+        for quad in range(4)
+        for odd in range(2)
+    ]
+    matrix = torch.empty_like(image)
+    matrix[columns] = image
+    record = codes.key_pages[codes.table[0, 0]]
+    scale = 2 ** ((record[-80:-16].double() - 128) / 16)
+    scale[record[-80:-16] == 255] = math.nan
+    total = -arranged.latent_constants[0].double().expand(64, -1)
+    for place, index in enumerate(places):
+        if index < len(layout.fields):
+            field = layout.fields[index]
+            stored = stored_codes(record, field)
+            used = levels(layout, field, stored) if place < 4 * general else stored
+            total = total + used[:, within] @ matrix[:, 16 * place : 16 * place + 16].T
+    got = scale[:, None] * total + arranged.latent_constants[1]
+    if latents is not None:
+        own = latents[0, :64].double()[:, (torch.arange(0, rank, 16)[:, None] + within).flatten()]
+        got = got + own @ matrix[:, 16 * len(places) : 16 * len(places) + rank].T
+    expected = next_latents(codes, latents, plain, backend="torch")[0, :64]
+    count = min(64, case.shape.lengths[0])
+    assert relative_error(got[:count], expected[:count]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_latent_order_pairs_fields_of_a_plane(name):
+    layouts = make_case(FITTING[name]).key_layout, make_case(FITTING[name]).value_layout
+    for fields in (layout.fields for layout in layouts):
+        places, general = latent_order(fields)
+        assert sorted(places) == list(range(-(-len(fields) // 4) * 4))
+        paired = [fields[i] for i in places[4 * general :]]
+        assert all(a.plane == b.plane for a, b in zip(paired[::2], paired[1::2], strict=True))
+        assert all(f.width <= LINEAR_WIDTH for f in paired)
+
+
 def test_angles_come_from_the_tables():
     frequencies = 500000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
     rotary = PageRotary.build(frequencies, torch.zeros(1, 1), dtype=torch.float32)
@@ -212,6 +277,7 @@ def test_what_steps_share(monkeypatch, capturing):
             {"wgmma_64": 64, "wgmma_columns": 56, "wgmma_8": 8},
         ),
         ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
+        ("next_latents", {"RANK": 16, "WIDTH": 32}, {"wgmma_width": 32}),
         ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),
         ("code_sum", {"QUERIES": 32, "TILES": 6, "RANK": 64, "STAGES": 4}, {"wgmma_queries": 32}),
         ("code_sum", {"QUERIES": 64, "TILES": 3, "RANK": 16, "STAGES": 2}, {"wgmma_queries": 64}),

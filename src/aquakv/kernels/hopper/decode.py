@@ -17,6 +17,8 @@ MAX_BLOCK_BYTES = 227 * 1024
 
 _TEAMS = 3  # warpgroups of a block
 _FIELD_BYTES = 32
+_CHUNK_BYTES = 96
+_MAX_LATENT_STAGES = 8
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
 _lock = threading.Lock()
@@ -111,8 +113,10 @@ def next_latents(
     """Return the next layer's latents, ``[rows, pages * 64, next_width]`` float16."""
     plain = operands.plain
     rows, num_pages = table.shape
-    width, rank, chunks = plain.next_width, plain.latent_width, plain.keys.chunks
-    shared = latent_shared_bytes(operands)
+    width, rank = plain.next_width, plain.latent_width
+    record = key_pages.shape[1]
+    fixed = latent_shared_bytes(operands) - record
+    stages = min(_MAX_LATENT_STAGES, (MAX_BLOCK_BYTES - fixed) // (record + 8))
     out = torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
     run = kernel(
         "next_latents",
@@ -122,24 +126,25 @@ def next_latents(
         table.device,
     )
     total = rows * num_pages
-    blocks = min(multiprocessors(table.device), -(-total // 4))
     run(
-        (blocks, 1),
+        (min(multiprocessors(table.device), total), 1),
         512,
-        shared,
+        fixed + stages * (record + 8),
         [
             key_pages,
             table,
             lengths,
             latents,
             operands.latent_images,
-            plain.next_offset,
-            operands.sum_fields,
+            operands.latent_constants,
+            operands.latent_fields,
             out,
-            key_pages.shape[1],
+            record,
             num_pages,
             total,
-            chunks,
+            plain.keys.chunks,
+            operands.general_chunks,
+            stages,
         ],
         dependent=True,
     )
@@ -147,10 +152,12 @@ def next_latents(
 
 
 def latent_shared_bytes(operands: HopperOperands) -> int:
-    """Return the shared memory that `next_latents` needs: all of its matrices."""
+    """Return the least shared memory that `next_latents` needs: its matrices and a page."""
     plain = operands.plain
-    blocks = plain.keys.chunks + -(-plain.latent_width // 64)
-    return blocks * (plain.next_width * 128 + 8) + plain.keys.chunks * 4 * _FIELD_BYTES
+    chunks, width = plain.keys.chunks, plain.next_width
+    blocks = chunks + -(-plain.latent_width // 64)
+    tables = 8 * width + chunks * _CHUNK_BYTES
+    return blocks * (width * 128 + 8) + tables + 8 + 16 + plain.keys.layout.record_bytes
 
 
 def code_sums(

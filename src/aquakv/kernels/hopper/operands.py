@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError
+from aquakv.kernels.hopper.order import latent_order
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
@@ -42,8 +43,11 @@ class HopperOperands:
         is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
     score_fields, sum_fields
         ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
-    latent_images
-        uint8: innovation and transition; None at the last layer.
+    latent_images, latent_constants
+        uint8: innovation and transition; ``[2, next_width]`` float32: what the codes that are level 0 add up
+        to where they are used as they are, and the offset. None at the last layer.
+    latent_fields, general_chunks
+        Fields of keys like `sum_fields` in the order of `latent_order`, and how many chunks are general.
     epilogue
         ``[kv_heads, slots, head_dim]`` float16.
     """
@@ -60,6 +64,9 @@ class HopperOperands:
     score_fields: Tensor
     sum_fields: Tensor
     latent_images: Tensor | None
+    latent_constants: Tensor | None
+    latent_fields: Tensor
+    general_chunks: int
     epilogue: Tensor
 
     @property
@@ -126,13 +133,10 @@ class HopperOperands:
         rotation = rotation * torch.nn.functional.pad(spread, (0, fast))[:fast]
         turns = torch.stack([rotation.cos(), rotation.sin()], -2)  # of two neighbouring pairs at a time
         turns = turns.unflatten(-1, (-1, 2)).transpose(1, 2).half().contiguous()
-        latent = None
-        if plain.innovation is not None:
-            parts = [plain.innovation]
-            if plain.transition is not None:
-                parts.append(_pad_slots(plain.transition))
-            whole = torch.cat(parts)
-            latent = _images(whole[_step_order(len(whole), device)].T[None])[0].contiguous()
+        keys = plain.keys.layout
+        places, general = latent_order(keys.fields)
+        latent_fields = _describe(keys, keys.fields, len(places))[places].to(device)
+        latent, constants = _latent_operands(plain, places, general)
         coordinate = torch.cat([rotary_order(dim, plain.rotary_dim), torch.tensor([-1])])
         return cls(
             plain,
@@ -147,6 +151,9 @@ class HopperOperands:
             torch.stack(by_head).to(device),
             torch.cat(sums).to(device),
             latent,
+            constants,
+            latent_fields,
+            general,
             plain.epilogue.transpose(1, 2).contiguous(),
         )
 
@@ -203,6 +210,39 @@ def unsupported(plain: DecodeOperands) -> str | None:
         if any(len(set(gains[list(field.coefficients)].tolist())) > 1 for field in layout.fields):
             return "expected one width for all coefficients of a field"
     return None
+
+
+def _latent_operands(
+    plain: DecodeOperands, places: Sequence[int], general: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return images and constants of the next latent; see `HopperOperands`."""
+    if plain.innovation is None or plain.next_offset is None:
+        return None, None
+    device, width = plain.innovation.device, plain.next_width
+    innovation = plain.innovation[_field_slots(places, device)]
+    centres = [0.0] * len(places)
+    for place, field in enumerate(places[4 * general :], 4 * general):
+        centres[place] = plain.keys.layout.fields[field].centre
+    centre = torch.tensor(centres, dtype=torch.float64, device=device).repeat_interleave(FIELD_COLUMNS)
+    constants = torch.stack([centre @ innovation.double(), plain.next_offset.double()]).float()
+    parts = [innovation]
+    if plain.transition is not None:
+        parts.append(_pad_slots(plain.transition))
+    whole = torch.cat(parts)
+    # A thread has two of eight neighbouring columns of a product: its columns of four products (or two, where
+    # the width is not a multiple of 32) are neighbours in the latent.
+    column = torch.arange(width, device=device)
+    tile, pair, odd = column // 8, column % 8 // 2, column % 2
+    runs = torch.where(tile // 4 * 4 + 4 <= width // 8, 4, 2)
+    order = tile // 4 * 32 + 2 * runs * pair + 2 * (tile % 4) + odd
+    images = _images(whole[_step_order(len(whole), device)][:, order].T[None])[0]
+    return images.contiguous(), constants.contiguous()
+
+
+def _field_slots(order: Sequence[int], device: torch.device) -> Tensor:
+    """Return the slots of some fields, 16 each."""
+    fields = torch.tensor(list(order), dtype=torch.int64, device=device)
+    return (fields[:, None] * FIELD_COLUMNS + torch.arange(FIELD_COLUMNS, device=device)).flatten()
 
 
 def _describe(layout: PageLayout, fields: Sequence[Field], count: int) -> Tensor:
