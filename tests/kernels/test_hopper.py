@@ -13,8 +13,8 @@ from aquakv.errors import ConfigError
 from aquakv.kernels import attend_codes, hopper
 from aquakv.kernels.hopper.compiler import compile_source, nvrtc_path, source_of
 from aquakv.kernels.hopper.operands import HopperOperands, pair_angles, split_pairs, unsupported
-from aquakv.kernels.hopper.order import LINEAR_WIDTH, latent_order
-from aquakv.kernels.pages import level_slopes
+from aquakv.kernels.hopper.order import LINEAR_WIDTH, latent_order, sum_order
+from aquakv.kernels.pages import PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
 from aquakv.kernels.scores import next_latents
 
@@ -206,6 +206,40 @@ def test_latent_order_pairs_fields_of_a_plane(name):
         assert all(f.width <= LINEAR_WIDTH for f in paired)
 
 
+@pytest.mark.parametrize("name", FITTING)
+def test_sums_and_epilogue_have_one_order(name):
+    plain, rotary = (case := make_case(FITTING[name])).operands(torch.float16), case.rotary(torch.float32)
+    arranged = HopperOperands.build(plain, rotary)
+    epilogue = plain.epilogue.transpose(1, 2)
+    start = 0
+    for layout in (plain.keys.layout, plain.values.layout):
+        order = sum_order(layout.fields)
+        assert sorted(order) == list(range(-(-len(layout.fields) // 4) * 4))
+        for place, index in enumerate(order, start):
+            slots = slice(16 * (start + index), 16 * (start + index + 1))
+            assert torch.equal(arranged.epilogue[:, 16 * place : 16 * place + 16], epilogue[:, slots])
+            described = arranged.sum_fields[place, :2].tolist()
+            if index < len(layout.fields):
+                field = layout.fields[index]
+                assert described == [field.plane * 1024, (field.mask * 0x01010101 + 2**31) % 2**32 - 2**31]
+            else:
+                assert described == [0, 0]
+        start += len(order)
+    assert torch.equal(arranged.epilogue[:, 16 * start :], epilogue[:, 16 * start :])
+    assert len(arranged.sum_fields) == start
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_warp_sums_fields_of_a_plane_one_after_the_other(groups):
+    widths = [width for width in (4, 2, 2, 2, 2, 1, 1, 1) for _ in range(16)] * 8
+    layout = PageLayout(tuple(widths), tuple(i * groups // 1024 for i in range(1024)), groups)
+    fields = [layout.fields[index] for index in sum_order(layout.fields)]
+    runs = [fields[4 * team + warp :: 12] for team in range(3) for warp in range(4)]
+    loads = sum(a.plane != b.plane for run in runs for a, b in zip([run[-1], *run], run, strict=False))
+    assert loads <= 32  # 64 without an order
+    assert max(sum(f.width > LINEAR_WIDTH for f in run) for run in runs) <= 2
+
+
 def test_angles_come_from_the_tables():
     frequencies = 500000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
     rotary = PageRotary.build(frequencies, torch.zeros(1, 1), dtype=torch.float32)
@@ -281,6 +315,7 @@ def test_what_steps_share(monkeypatch, capturing):
         ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),
         ("code_sum", {"QUERIES": 32, "TILES": 6, "RANK": 64, "STAGES": 4}, {"wgmma_queries": 32}),
         ("code_sum", {"QUERIES": 64, "TILES": 3, "RANK": 16, "STAGES": 2}, {"wgmma_queries": 64}),
+        ("code_sum", {"QUERIES": 32, "TILES": 1, "RANK": 0, "STAGES": 6}, {"wgmma_queries": 32}),
         ("combine", {"QUERIES": 32, "DIM": 128}, {}),
     ],
 )

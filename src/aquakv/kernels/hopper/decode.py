@@ -9,16 +9,17 @@ from torch import Tensor
 
 from aquakv.kernels.hopper.compiler import kernel
 from aquakv.kernels.hopper.operands import HopperOperands
+from aquakv.kernels.hopper.order import SUM_TEAMS
 from aquakv.kernels.launch import multiprocessors
 from aquakv.kernels.pages import PAGE_TOKENS
 
 #: Most shared memory of a block.
 MAX_BLOCK_BYTES = 227 * 1024
 
-_TEAMS = 3  # warpgroups of a block
+_TEAMS = 3  # warpgroups of a block of scores
 _FIELD_BYTES = 32
 _CHUNK_BYTES = 96
-_MAX_LATENT_STAGES = 8
+_MAX_LATENT_STAGES, _MAX_SUM_STAGES = 8, 6
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
 _lock = threading.Lock()
@@ -183,15 +184,17 @@ def code_sums(
     rows, num_pages, query_heads, _ = scored.shape
     group = query_heads // plain.num_kv_heads
     queries = -(-query_heads // 8) * 8
-    tiles = 6 if queries <= 32 else 3
     rank = plain.latent_width
     key_tiles, value_tiles = plain.keys.chunks, plain.values.chunks
-    room = _TEAMS * tiles
+    room = SUM_TEAMS * (6 if queries <= 32 else 3)  # tiles whose sums fit the registers
     key_slabs, value_slabs = max(1, -(-(key_tiles + 1) // room)), -(-value_tiles // room)
     key_share, value_share = -(-(key_tiles + 1) // key_slabs), -(-value_tiles // max(1, value_slabs))
-    stage = -(-max(key_pages.shape[1], value_pages.shape[1]) // 128) * 128
-    fixed = 4 * queries * 128 + 2 * 128 * rank + 4 * room * _FIELD_BYTES + 8 * queries
-    stages = max(2, min(4, (MAX_BLOCK_BYTES - fixed - 512) // stage))
+    tiles = -(-max(key_share, value_share) // SUM_TEAMS)
+    record_room = -(-max(key_pages.shape[1], value_pages.shape[1]) // 128) * 128
+    stage = record_room + query_heads * PAGE_TOKENS * 4
+    # What `Shared` of code_sum.cu has beside its stages and their barriers.
+    fixed = 4 * queries * 128 + 3 * 128 * rank + 4 * SUM_TEAMS * tiles * _FIELD_BYTES + 8 * queries + 32
+    stages = max(2, min(_MAX_SUM_STAGES, (MAX_BLOCK_BYTES - fixed - 128) // (stage + 8)))
     shared = -(-(fixed + 8 * stages) // 128) * 128 + stages * stage
     run = kernel(
         "code_sum",
@@ -218,7 +221,7 @@ def code_sums(
     totals = torch.empty(rows, splits, 3, queries, dtype=torch.float32, device=scored.device)
     run(
         (slabs * splits, rows),
-        128 * _TEAMS,
+        128 * (SUM_TEAMS + 1),
         shared,
         [
             scored,
@@ -233,7 +236,7 @@ def code_sums(
             totals,
             key_pages.shape[1],
             value_pages.shape[1],
-            stage,
+            record_room,
             num_pages,
             splits,
             maxima.shape[2],

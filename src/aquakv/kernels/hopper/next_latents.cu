@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) next_latents_kernel(
             wgmma_fence();
             const u64 right = descriptor128(base + chunk * BLOCK_BYTES);
 #pragma unroll
-            for (int f = 0; f < 4; f++) wgmma_width(sum, left[f], right + 2 * f, true);
+            for (int f = 0; f < 4; f++) wgmma_width(sum, left[f], right | 2 * f, true);
             wgmma_commit();
         };
         u32 scale_codes[2] = {record[record_bytes - 80 + first], record[record_bytes - 80 + first + 8]};

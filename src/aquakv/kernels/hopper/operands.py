@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError
-from aquakv.kernels.hopper.order import latent_order
+from aquakv.kernels.hopper.order import latent_order, sum_order
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
@@ -42,14 +42,16 @@ class HopperOperands:
         Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair
         is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
     score_fields, sum_fields
-        ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
+        ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values in the order of
+        `sum_order`.
     latent_images, latent_constants
         uint8: innovation and transition; ``[2, next_width]`` float32: what the codes that are level 0 add up
         to where they are used as they are, and the offset. None at the last layer.
     latent_fields, general_chunks
-        Fields of keys like `sum_fields` in the order of `latent_order`, and how many chunks are general.
+        Fields of keys, likewise, in the order of `latent_order`, and how many chunks are general.
     epilogue
-        ``[kv_heads, slots, head_dim]`` float16.
+        ``[kv_heads, slots, head_dim]`` float16: fields of keys and of values in the order of `sum_order`,
+        then the latent.
     """
 
     plain: DecodeOperands
@@ -126,13 +128,18 @@ class HopperOperands:
         ]
         tables = (plain.keys.layout, plain.values.layout)
         by_head = [_describe(tables[0], tables[0].group_fields(head), head_fields) for head in range(heads)]
-        chunks = (plain.keys.chunks, plain.values.chunks)
-        sums = [_describe(t, t.fields, 4 * n) for t, n in zip(tables, chunks, strict=True)]
+        orders = [sum_order(t.fields) for t in tables]
+        sums = [_describe(t, t.fields, len(o))[o] for t, o in zip(tables, orders, strict=True)]
+        summed = [
+            _field_slots(o, device) + 4 * n * FIELD_COLUMNS
+            for o, n in zip(orders, (0, plain.keys.chunks), strict=True)
+        ]
         spread = angles[by_angle]
         rotation = torch.arange(PAGE_TOKENS, dtype=torch.float64)[:, None] - (PAGE_TOKENS - 1) / 2
         rotation = rotation * torch.nn.functional.pad(spread, (0, fast))[:fast]
         turns = torch.stack([rotation.cos(), rotation.sin()], -2)  # of two neighbouring pairs at a time
         turns = turns.unflatten(-1, (-1, 2)).transpose(1, 2).half().contiguous()
+        epilogue = plain.epilogue.transpose(1, 2)
         keys = plain.keys.layout
         places, general = latent_order(keys.fields)
         latent_fields = _describe(keys, keys.fields, len(places))[places].to(device)
@@ -154,7 +161,7 @@ class HopperOperands:
             constants,
             latent_fields,
             general,
-            plain.epilogue.transpose(1, 2).contiguous(),
+            torch.cat([epilogue[:, torch.cat(summed)], epilogue[:, sum(map(len, summed)) :]], 1),
         )
 
     def page_turns(self, rotary: PageRotary) -> Tensor:

@@ -7,6 +7,7 @@ order is a permutation of them. Matrices and sums have their slots in the same o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from aquakv.kernels.pages import Field
 
@@ -43,12 +44,40 @@ def latent_order(fields: Sequence[Field]) -> tuple[list[int], int]:
 def sum_order(fields: Sequence[Field]) -> list[int]:
     """Return the field of each tile's each warp, where tile ``t`` is the ``t // 3``-th of team ``t % 3``.
 
-    A warp takes neighbouring bits one after the other; wide codes, which take longest, are spread over teams
+    A warp takes fields of a plane one after the other; wide codes, which take longest, are spread over teams
     and warps alike.
     """
     tiles = -(-len(fields) // WARPS)
-    by_plane = sorted(range(len(fields)), key=lambda i: (fields[i].plane, fields[i].shift))
-    by_plane += range(len(fields), tiles * WARPS)
-    runs = [(run % SUM_TEAMS, run % WARPS) for run in range(SUM_TEAMS * WARPS)]
-    places = [t * WARPS + warp for team, warp in runs for t in range(team, tiles, SUM_TEAMS)]
-    return [field for _, field in sorted(zip(places, by_plane, strict=True))]
+    planes: dict[int, list[int]] = {}
+    for index in sorted(range(len(fields)), key=lambda i: (fields[i].plane, fields[i].shift)):
+        planes.setdefault(fields[index].plane, []).append(index)
+
+    def cost(indices: Sequence[int]) -> int:
+        """Instructions, about, in tens."""
+        return sum(14 if fields[i].width > LINEAR_WIDTH else 8 for i in indices)
+
+    runs = [_Run(run % SUM_TEAMS, run % WARPS, tiles) for run in range(SUM_TEAMS * WARPS)]
+    for plane in sorted(planes.values(), key=cost, reverse=True):
+        rest = plane
+        while rest:
+            run = min((run for run in runs if run.room), key=lambda run: (cost(run.fields), -run.room))
+            taken, rest = rest[: run.room], rest[run.room :]
+            run.fields += taken
+    padding = iter(range(len(fields), tiles * WARPS))
+    order = [0] * (tiles * WARPS)
+    for run in runs:
+        for place, field in zip(run.places, [*run.fields, *islice(padding, run.room)], strict=True):
+            order[place] = field
+    return order
+
+
+class _Run:
+    """What one warp sums, one field after the other."""
+
+    def __init__(self, team: int, warp: int, tiles: int) -> None:
+        self.places = [tile * WARPS + warp for tile in range(team, tiles, SUM_TEAMS)]
+        self.fields: list[int] = []
+
+    @property
+    def room(self) -> int:
+        return len(self.places) - len(self.fields)
