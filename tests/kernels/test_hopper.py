@@ -13,7 +13,10 @@ from aquakv.errors import ConfigError
 from aquakv.kernels import attend_codes, hopper
 from aquakv.kernels.hopper.compiler import compile_source, nvrtc_path, source_of
 from aquakv.kernels.hopper.operands import SCALE_ROOM, HopperOperands, pair_angles, split_pairs, unsupported
+from aquakv.kernels.hopper.order import LINEAR_WIDTH, latent_order, sum_order
+from aquakv.kernels.pages import PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
+from aquakv.kernels.scores import next_latents
 
 #: Fields of 16 that have one width each, as codecs of the preset have them.
 UNIFORM = tuple(width for width in (4, 3, 2, 1) for _ in range(16))
@@ -126,7 +129,9 @@ def test_images_hold_the_operands(name):
         rows = plain.score_synthesis[head]
         for field in range(arranged.head_fields):
             for k, place in enumerate(places):
-                number = arranged.field_order[head][field] if field < len(arranged.field_order[head]) else field
+                number = (
+                    arranged.field_order[head][field] if field < len(arranged.field_order[head]) else field
+                )
                 slot = number * 16 + place
                 expected = rows[slot] / SCALE_ROOM if slot < len(rows) else torch.zeros(plain.head_dim).half()
                 for number, pair in enumerate(pairs):
@@ -140,6 +145,102 @@ def test_images_hold_the_operands(name):
                         got = block[field % 4 * 16 + k, [2 * (number - fast), 2 * (number - fast) + 1]]
                     assert torch.equal(got, expected[[pair, pair + half]])
     assert sorted(p for p in pairs if p < half) == list(range(half))
+
+
+def stored_codes(record, field):
+    """Return a field's codes in a record, ``[64, 16]`` float64."""
+    plane = record[field.plane * 1024 : (field.plane + 1) * 1024].view(64, 16)
+    return ((plane >> field.shift) & ((1 << field.width) - 1)).double()
+
+
+def levels(layout, field, codes):
+    """Return what stored codes stand for, up to the factor that matrices have."""
+    x = codes - field.centre
+    return x * (1 + float(level_slopes(layout)[1][field.coefficients[0]]) * x**2)
+
+
+@pytest.mark.parametrize("name", [name for name in FITTING if FITTING[name].next_rank])
+def test_next_latents_follow_from_images_and_constants(name):
+    """What next_latents.cu computes, in float64."""
+    case = make_case(FITTING[name])
+    _, codes, latents, plain, rotary = step_of(case)
+    arranged = HopperOperands.build(plain, rotary)
+    layout, width, rank = plain.keys.layout, plain.next_width, plain.latent_width
+    places, general = latent_order(layout.fields)
+    image = from_image(arranged.latent_images, width).double()
+    within = torch.tensor([4 * ((k % 8) // 2) + k % 2 + 2 * (k // 8) for k in range(16)])
+    runs = [(start, 4 if start + 4 <= width // 8 else 2) for start in range(0, width // 8, 4)]
+    columns = [
+        8 * start + 2 * count * quad + 2 * tile + odd
+        for start, count in runs
+        for tile in range(count)
+        for quad in range(4)
+        for odd in range(2)
+    ]
+    matrix = torch.empty_like(image)
+    matrix[columns] = image
+    record = codes.key_pages[codes.table[0, 0]]
+    scale = 2 ** ((record[-80:-16].double() - 128) / 16)
+    scale[record[-80:-16] == 255] = math.nan
+    total = -arranged.latent_constants[0].double().expand(64, -1)
+    for place, index in enumerate(places):
+        if index < len(layout.fields):
+            field = layout.fields[index]
+            stored = stored_codes(record, field)
+            used = levels(layout, field, stored) if place < 4 * general else stored
+            total = total + used[:, within] @ matrix[:, 16 * place : 16 * place + 16].T
+    got = scale[:, None] * total + arranged.latent_constants[1]
+    if latents is not None:
+        own = latents[0, :64].double()[:, (torch.arange(0, rank, 16)[:, None] + within).flatten()]
+        got = got + own @ matrix[:, 16 * len(places) : 16 * len(places) + rank].T
+    expected = next_latents(codes, latents, plain, backend="torch")[0, :64]
+    count = min(64, case.shape.lengths[0])
+    assert relative_error(got[:count], expected[:count]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_latent_order_pairs_fields_of_a_plane(name):
+    layouts = make_case(FITTING[name]).key_layout, make_case(FITTING[name]).value_layout
+    for fields in (layout.fields for layout in layouts):
+        places, general = latent_order(fields)
+        assert sorted(places) == list(range(-(-len(fields) // 4) * 4))
+        paired = [fields[i] for i in places[4 * general :]]
+        assert all(a.plane == b.plane for a, b in zip(paired[::2], paired[1::2], strict=True))
+        assert all(f.width <= LINEAR_WIDTH for f in paired)
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_sums_and_epilogue_have_one_order(name):
+    plain, rotary = (case := make_case(FITTING[name])).operands(torch.float16), case.rotary(torch.float32)
+    arranged = HopperOperands.build(plain, rotary)
+    epilogue = plain.epilogue.transpose(1, 2)
+    start = 0
+    for layout in (plain.keys.layout, plain.values.layout):
+        order = sum_order(layout.fields)
+        assert sorted(order) == list(range(-(-len(layout.fields) // 4) * 4))
+        for place, index in enumerate(order, start):
+            slots = slice(16 * (start + index), 16 * (start + index + 1))
+            assert torch.equal(arranged.epilogue[:, 16 * place : 16 * place + 16], epilogue[:, slots])
+            described = arranged.sum_fields[place, :2].tolist()
+            if index < len(layout.fields):
+                field = layout.fields[index]
+                assert described == [field.plane * 1024, (field.mask * 0x01010101 + 2**31) % 2**32 - 2**31]
+            else:
+                assert described == [0, 0]
+        start += len(order)
+    assert torch.equal(arranged.epilogue[:, 16 * start :], epilogue[:, 16 * start :])
+    assert len(arranged.sum_fields) == start
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_warp_sums_fields_of_a_plane_one_after_the_other(groups):
+    widths = [width for width in (4, 2, 2, 2, 2, 1, 1, 1) for _ in range(16)] * 8
+    layout = PageLayout(tuple(widths), tuple(i * groups // 1024 for i in range(1024)), groups)
+    fields = [layout.fields[index] for index in sum_order(layout.fields)]
+    runs = [fields[4 * team + warp :: 12] for team in range(3) for warp in range(4)]
+    loads = sum(a.plane != b.plane for run in runs for a, b in zip([run[-1], *run], run, strict=False))
+    assert loads <= 32  # 64 without an order
+    assert max(sum(f.width > LINEAR_WIDTH for f in run) for run in runs) <= 2
 
 
 def test_angles_come_from_the_tables():
@@ -204,18 +305,44 @@ def test_what_steps_share(monkeypatch, capturing):
     [
         (
             "scores",
-            {"DIM": 128, "FAST": 64, "SLOW": 64, "FIELDS": 8, "RANK": 64, "TEAMS": 3, "PLANES": 2, "CUBIC": 2, "EXACT": 4, "QUERY": 2, "SOFTCAP": 0},
+            {
+                "DIM": 128,
+                "FAST": 64,
+                "SLOW": 64,
+                "FIELDS": 8,
+                "RANK": 64,
+                "TEAMS": 3,
+                "PLANES": 2,
+                "CUBIC": 2,
+                "EXACT": 4,
+                "QUERY": 2,
+                "SOFTCAP": 0,
+            },
             {"wgmma_64": 64, "wgmma_columns": 64, "wgmma_8": 8},
         ),
         (
             "scores",
-            {"DIM": 64, "FAST": 48, "SLOW": 16, "FIELDS": 4, "RANK": 0, "TEAMS": 3, "PLANES": 2, "CUBIC": 2, "EXACT": 4, "QUERY": 0, "SOFTCAP": 1},
+            {
+                "DIM": 64,
+                "FAST": 48,
+                "SLOW": 16,
+                "FIELDS": 4,
+                "RANK": 0,
+                "TEAMS": 3,
+                "PLANES": 2,
+                "CUBIC": 2,
+                "EXACT": 4,
+                "QUERY": 0,
+                "SOFTCAP": 1,
+            },
             {"wgmma_64": 64, "wgmma_columns": 48, "wgmma_8": 8},
         ),
         ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
+        ("next_latents", {"RANK": 16, "WIDTH": 32}, {"wgmma_width": 32}),
         ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),
         ("code_sum", {"QUERIES": 32, "TILES": 6, "RANK": 64, "STAGES": 4}, {"wgmma_queries": 32}),
         ("code_sum", {"QUERIES": 64, "TILES": 3, "RANK": 16, "STAGES": 2}, {"wgmma_queries": 64}),
+        ("code_sum", {"QUERIES": 32, "TILES": 1, "RANK": 0, "STAGES": 6}, {"wgmma_queries": 32}),
         ("combine", {"QUERIES": 32, "DIM": 128}, {}),
     ],
 )

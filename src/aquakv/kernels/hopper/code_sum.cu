@@ -1,29 +1,38 @@
 // Sums of key codes, value codes and latents over the tokens, weighted by the softmax of the scores of all heads.
 //
 // A block takes a slab of up to TEAMS * TILES tiles (64 slots each) of keys or of values over a split of the pages.
-// Its warpgroups share each page's weights, which are the right operand of asynchronous products (64 tokens deep);
-// codes come through shared memory, transposed on the way to registers, as the left operand: slots by tokens. The
-// latents are one more tile of the first slab, which also sums the weights themselves.
+// Its last warpgroup brings records, scores and latents to shared memory and makes weights of the scores, a page or
+// two ahead of the others (teams), whose asynchronous products have weights as their right operand (64 tokens deep);
+// codes are transposed on the way to registers, as the left operand: slots by tokens. The products of half a tile run
+// while the next half is unpacked. The latents are one more tile of the first slab, which also sums the weights
+// themselves.
 //
-// Compile-time numbers: KV_HEADS, GROUP, QUERIES (query heads padded to 8), TILES, RANK, STAGES.
+// Compile-time numbers: KV_HEADS, GROUP, QUERIES (query heads padded to 8), TILES, RANK, STAGES (at least 2).
 
 constexpr int QUERY_HEADS = KV_HEADS * GROUP;
 constexpr int PADDED = (GROUP + 1) / 2 * 2;        // members in the layout of the sums
 constexpr int WEIGHT_BYTES = QUERIES * 128;
-constexpr int TEAMS = 3, THREADS = 128 * TEAMS;
-constexpr int ROUNDS = (QUERIES * 16 + THREADS - 1) / THREADS;
+constexpr int SCORE_BYTES = QUERY_HEADS * 256;     // of a page
+constexpr int TEAMS = 3, THREADS = 128 * (TEAMS + 1);
+constexpr int ROUNDS = (QUERIES * 4 + 127) / 128;  // query heads of a thread that makes weights
 constexpr int LATENT_BYTES = 64 * RANK * 2;
+constexpr int LATENT_CHUNKS = RANK / 8 + (RANK == 0);  // sixteen bytes each, of a token
 
 struct Shared {
-    static constexpr int scaled = 0;                                   // [2][QUERIES] rows of 64 weights
-    static constexpr int plain = scaled + 2 * WEIGHT_BYTES;            // the same without the tokens' scales
-    static constexpr int latents = plain + 2 * WEIGHT_BYTES;           // [2][64][RANK]
-    static constexpr int fields = latents + 2 * LATENT_BYTES;          // Field [4 * TEAMS * TILES]
-    static constexpr int sums = fields + 4 * TEAMS * TILES * 32;              // float [2][QUERIES]
-    static constexpr int barriers = sums + 2 * QUERIES * 4;            // [STAGES]
-    static constexpr int pages = (barriers + STAGES * 8 + 127) / 128 * 128;
+    static constexpr int scaled = 0;                                 // [2][QUERIES] rows of 64 weights
+    static constexpr int plain = scaled + 2 * WEIGHT_BYTES;          // the same without the tokens' scales
+    static constexpr int latents = plain + 2 * WEIGHT_BYTES;         // [3][64][RANK]
+    static constexpr int fields = latents + 3 * LATENT_BYTES;        // Field [4 * TEAMS * TILES]
+    static constexpr int sums = fields + 4 * TEAMS * TILES * 32;     // float [2][QUERIES]
+    static constexpr int loaded = sums + 2 * QUERIES * 4;            // barriers [STAGES]: record and scores are there
+    static constexpr int weighed = loaded + STAGES * 8;              // [2]: weights and latents are there
+    static constexpr int done = weighed + 16;                        // [2]: teams have left a page
+    static constexpr int pages = (done + 16 + 127) / 128 * 128;      // [STAGES] record and scores
 };
 
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 DEVICE void load_transposed(u32 address, u32 (&to)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
@@ -36,7 +45,7 @@ DEVICE u32 latent_place(int token, int chunk) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
-    const float* __restrict__ scores,        // [rows, num_pages, QUERY_HEADS, 64], times log2 e
+    const u8* __restrict__ scores,           // float [rows, num_pages, QUERY_HEADS, 64], times log2 e
     const float* __restrict__ maxima,        // [rows, QUERY_HEADS, score_splits]
     const u8* __restrict__ key_pages, const u8* __restrict__ value_pages,
     const int* __restrict__ table, const int* __restrict__ lengths,
@@ -44,12 +53,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     const Field* __restrict__ fields,        // [key tiles * 4 + value tiles * 4]
     u8* __restrict__ means,                  // half [rows, splits, KV_HEADS, slots, PADDED]
     float* __restrict__ totals,              // [rows, splits, 3, QUERIES]: weights with key, value, no scales
-    int key_record, int value_record, int stage_bytes, int num_pages, int splits, int score_splits,
+    int key_record, int value_record, int record_room, int num_pages, int splits, int score_splits,
     int key_tiles, int value_tiles, int key_slabs, int value_slabs, int key_share, int value_share) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 base = shared_address(shared);
-    const int tid = threadIdx.x, lane = tid & 31, warp = (tid >> 5) & 3, team = tid >> 7;
-    const int quad = lane & 3, group = lane >> 2;
+    const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, team = threadIdx.x >> 7;
     const int slabs = key_slabs + value_slabs;
     const int slab = blockIdx.x % slabs, split = blockIdx.x / slabs, row = blockIdx.y;
     const bool of_keys = slab < key_slabs, sums_latents = slab == 0;
@@ -62,190 +70,225 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     const int length = lengths[row], used = (length + 63) >> 6;
     const int begin = int(long(split) * used / splits), end = int(long(split + 1) * used / splits);
     const int* own_table = table + long(row) * num_pages;
+    const int stage_bytes = record_room + SCORE_BYTES;
+    float* weight_sums = (float*)(shared + Shared::sums);
+    const Field* described = (const Field*)(shared + Shared::fields);
 
-    auto fetch = [&](int page, int stage) {
-        const u32 barrier = base + Shared::barriers + 8 * stage;
-        barrier_expect(barrier, record_bytes);
-        bulk_copy(base + Shared::pages + stage * stage_bytes, pages + long(own_table[page]) * record_bytes, record_bytes, barrier);
+    auto fetch_record = [&](int stage, int record) {
+        const u32 loaded = base + Shared::loaded + 8 * stage;
+        barrier_expect(loaded, record_bytes + SCORE_BYTES);
+        bulk_copy(base + Shared::pages + stage * stage_bytes, pages + long(record) * record_bytes, record_bytes, loaded);
     };
-    if (tid == 0) {
-        for (int s = 0; s < STAGES; s++) barrier_init(base + Shared::barriers + 8 * s, 1);
-        fence_shared();
-        for (int s = 0; s < STAGES; s++)
-            if (begin + s < end) fetch(begin + s, s);
-    }
-    for (int i = tid; i < own_tiles * 32; i += THREADS)
-        ((u32*)(shared + Shared::fields))[i] = ((const u32*)(fields + first_field))[i];
-    const u8* own_latents = latents + long(row) * num_pages * LATENT_BYTES;
-    auto fetch_latents = [&](int page, int buffer) {
-        if (RANK > 0)
-            for (int i = tid; i < 8 * RANK; i += THREADS) {
-                const u32 to = base + Shared::latents + buffer * LATENT_BYTES + latent_place(i / (RANK / 8 + (RANK == 0)), i % (RANK / 8 + (RANK == 0)));
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(own_latents + long(page) * LATENT_BYTES + i * 16) : "memory");
-            }
+    auto fetch_scores = [&](int stage, int page) {
+        bulk_copy(base + Shared::pages + stage * stage_bytes + record_room,
+                  scores + (long(row) * num_pages + page) * SCORE_BYTES, SCORE_BYTES, base + Shared::loaded + 8 * stage);
     };
-    depend_on_previous();
-
-    // This thread's weights: query head `member` (others in further rounds), tokens `token` to `token + 3`.
-    const int member = tid >> 4, token = (tid & 15) * 4;
-    float largest[ROUNDS];
-    float with_scales[ROUNDS], without[ROUNDS];
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-        with_scales[r] = without[r] = 0;
-        largest[r] = -INFINITY;
-        const int head = member + r * (THREADS / 16);
-        if (head < QUERY_HEADS)
-            for (int i = tid & 15; i < score_splits; i += 16)
-                largest[r] = fmaxf(largest[r], maxima[(long(row) * QUERY_HEADS + head) * score_splits + i]);
-        for (int step = 1; step < 16; step *= 2) largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xFFFFFFFFu, largest[r], step));
-        if (largest[r] == -INFINITY) largest[r] = 0;
-    }
-    float4 score[ROUNDS];
-    auto load_scores = [&](int page) {
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            const int head = member + r * (THREADS / 16);
-            score[r] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-            if (head < QUERY_HEADS)
-                score[r] = __ldg((const float4*)(scores + ((long(row) * num_pages + page) * QUERY_HEADS + head) * 64 + token));
+    const bool fetches = team == TEAMS && thread < STAGES;
+    if (fetches) {
+        barrier_init(base + Shared::loaded + 8 * thread, 1);
+        if (thread < 2) {
+            barrier_init(base + Shared::weighed + 8 * thread, 128);
+            barrier_init(base + Shared::done + 8 * thread, 4 * TEAMS);
         }
-    };
-    if (begin < end) {
-        load_scores(begin);
-        if (sums_latents) fetch_latents(begin, 0);
+        fence_shared();
+        if (begin + thread < end) fetch_record(thread, own_table[begin + thread]);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    for (int i = threadIdx.x; i < TEAMS * TILES * 32; i += THREADS)
+        ((u32*)(shared + Shared::fields))[i] = i < own_tiles * 32 ? ((const u32*)(fields + first_field))[i] : 0;
+    depend_on_previous();
+    let_next_start();
+    if (fetches && begin + thread < end) fetch_scores(thread, begin + thread);
     __syncthreads();
 
+    if (team == TEAMS) {
+        // ---- weights -------------------------------------------------------------------------------------------
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        // This thread's: query head `member` (others in further rounds), every fourth four of tokens.
+        const int member = thread >> 2, part = (thread & 3) * 4;
+        const u8* own_latents = latents + long(row) * num_pages * LATENT_BYTES;
+        auto fetch_latents = [&](int page, int buffer) {
+            if (RANK > 0 && sums_latents && page < end) {
+#pragma unroll
+                for (int i = 0; i < (RANK + 15) / 16; i++) {
+                    const int chunk = i * 128 + thread;
+                    const u32 to = base + Shared::latents + buffer * LATENT_BYTES + latent_place(chunk / LATENT_CHUNKS, chunk % LATENT_CHUNKS);
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(own_latents + long(page) * LATENT_BYTES + chunk * 16) : "memory");
+                }
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+        };
+        fetch_latents(begin, 0);
+        float largest[ROUNDS], with_scales[ROUNDS], without[ROUNDS];
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            with_scales[r] = without[r] = 0;
+            largest[r] = -INFINITY;
+            const int head = member + 32 * r;
+            if (head < QUERY_HEADS)
+                for (int i = thread & 3; i < score_splits; i += 4)
+                    largest[r] = fmaxf(largest[r], maxima[(long(row) * QUERY_HEADS + head) * score_splits + i]);
+            for (int step = 1; step < 4; step *= 2) largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xFFFFFFFFu, largest[r], step));
+            if (largest[r] == -INFINITY) largest[r] = 0;
+        }
+        int stage = 0, parity = 0, latest = 0;  // `latest`: where the newest latents are
+        int later_record = 0;
+#pragma unroll 1
+        for (int page = begin; page < end; page++) {
+            const int turn = page - begin, buffer = turn & 1;
+            if (turn >= 2) {
+                // The teams have left the page before the last: its stage, weights and latents are free.
+                barrier_wait(base + Shared::done + 8 * buffer, (turn >> 1 & 1) ^ 1);
+                const int later = page - 2 + STAGES, free = stage >= 2 ? stage - 2 : stage - 2 + STAGES;
+                if (thread == 0 && later < end) {
+                    fetch_record(free, later_record);
+                    fetch_scores(free, later);
+                }
+            }
+            if (thread == 0) later_record = __ldg(own_table + min(page - 1 + STAGES, end - 1));
+            latest = latest == 2 ? 0 : latest + 1;
+            fetch_latents(page + 1, latest);
+            barrier_wait(base + Shared::loaded + 8 * stage, parity);
+            const u8* record = shared + Shared::pages + stage * stage_bytes;
+#pragma unroll
+            for (int r = 0; r < ROUNDS; r++) {
+                const int head = member + 32 * r;
+                if (head < QUERIES) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int token = (i + head & 3) * 16 + part;  // neighbouring heads in different banks
+                        const u32 scale_codes = *(const u32*)(record + record_bytes - 80 + token);
+                        float4 score = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+                        if (head < QUERY_HEADS) score = *(const float4*)(record + record_room + head * 256 + token * 4);
+                        const float* s = &score.x;
+                        float w[4], p[4];
+#pragma unroll
+                        for (int k = 0; k < 4; k++) {
+                            // 64 times the weight, to keep small ones out of half precision's subnormals. A token that
+                            // is not attended to may have no scale: nothing times nothing must be nothing.
+                            const u32 code = (scale_codes >> (8 * k)) & 255u;
+                            const float exponent = s[k] - largest[r] + 6.0f;
+                            w[k] = exp2_fast(fmaf(float(int(code)), 0.0625f, exponent - 8.0f));
+                            if (code == 255u && s[k] > -INFINITY) w[k] = __int_as_float(0x7FC00000);
+                            if (sums_latents) p[k] = exp2_fast(exponent);
+                        }
+                        const u32 at = buffer * WEIGHT_BYTES + swizzle128(head, token * 2);
+                        const uint2 rounded = make_uint2(pack_half2(w[0], w[1]), pack_half2(w[2], w[3]));
+                        *(uint2*)(shared + Shared::scaled + at) = rounded;
+                        with_scales[r] += low_float(rounded.x) + high_float(rounded.x) + low_float(rounded.y) + high_float(rounded.y);
+                        if (sums_latents) {
+                            const uint2 plain = make_uint2(pack_half2(p[0], p[1]), pack_half2(p[2], p[3]));
+                            *(uint2*)(shared + Shared::plain + at) = plain;
+                            without[r] += p[0] + p[1] + p[2] + p[3];
+                        }
+                    }
+                }
+            }
+            asm volatile("cp.async.wait_group 1;" ::: "memory");  // this page's latents
+            fence_shared();
+            barrier_arrive(base + Shared::weighed + 8 * buffer);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+        float* out_totals = totals + (long(row) * splits + split) * 3 * QUERIES;
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++) {
+            for (int step = 1; step < 4; step *= 2) {
+                with_scales[r] += __shfl_xor_sync(0xFFFFFFFFu, with_scales[r], step);
+                without[r] += __shfl_xor_sync(0xFFFFFFFFu, without[r], step);
+            }
+            const int head = member + 32 * r;
+            if (part == 0 && head < QUERIES) {
+                weight_sums[head] = with_scales[r];
+                weight_sums[QUERIES + head] = without[r];
+                if (slab == 0) out_totals[head] = with_scales[r], out_totals[2 * QUERIES + head] = without[r];
+                if (slab == key_slabs) out_totals[QUERIES + head] = with_scales[r];
+            }
+        }
+        __syncthreads();
+        return;
+    }
+    // ---- sums --------------------------------------------------------------------------------------------------
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    const int quad = lane & 3, group = lane >> 2;
     float sum[TILES][QUERIES / 2];
 #pragma unroll
     for (int i = 0; i < QUERIES / 2; i++)
 #pragma unroll
         for (int t = 0; t < TILES; t++) sum[t][i] = 0;
-    const Field* described = (const Field*)(shared + Shared::fields);
+    u32 codes[4][4];
+    const bool adds_latents = RANK > 0 && sums_latents && team == TEAMS - 1;
+    int stage = 0, parity = 0, latest = 0;
+#pragma unroll 1
     for (int page = begin; page < end; page++) {
-        const int turn = page - begin, stage = turn % STAGES, buffer = turn & 1;
+        const int turn = page - begin, buffer = turn & 1;
         const u32 record = base + Shared::pages + stage * stage_bytes;
-        barrier_wait(base + Shared::barriers + 8 * stage, turn / STAGES & 1);
-        const u32 scale_codes = *(const u32*)(shared + Shared::pages + stage * stage_bytes + record_bytes - 80 + token);
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            const int head = member + r * (THREADS / 16);
-            if (head < QUERIES) {
-                const float* s = &score[r].x;
-                float w[4], p[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    // 64 times the weight, to keep small ones out of half precision's subnormals. A token that is
-                    // not attended to may have no scale: nothing times nothing must be nothing.
-                    const u32 code = (scale_codes >> (8 * i)) & 255u;
-                    const float exponent = s[i] - largest[r] + 6.0f;
-                    w[i] = exp2_fast(fmaf(float(int(code)), 0.0625f, exponent - 8.0f));
-                    if (code == 255u && s[i] > -INFINITY) w[i] = __int_as_float(0x7FC00000);
-                    if (sums_latents) p[i] = exp2_fast(exponent);
-                }
-                const u32 at = buffer * WEIGHT_BYTES + swizzle128(head, token * 2);
-                const uint2 rounded = make_uint2(pack_half2(w[0], w[1]), pack_half2(w[2], w[3]));
-                *(uint2*)(shared + Shared::scaled + at) = rounded;
-                with_scales[r] += low_float(rounded.x) + high_float(rounded.x) + low_float(rounded.y) + high_float(rounded.y);
-                if (sums_latents) {
-                    const uint2 plain = make_uint2(pack_half2(p[0], p[1]), pack_half2(p[2], p[3]));
-                    *(uint2*)(shared + Shared::plain + at) = plain;
-                    without[r] += p[0] + p[1] + p[2] + p[3];
-                }
-            }
-        }
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        fence_shared();
-        __syncthreads();  // weights are there; the page before has been multiplied
-        if (tid == 0 && turn > 0 && page - 1 + STAGES < end) fetch(page - 1 + STAGES, (turn - 1) % STAGES);
-        if (page + 1 < end) {
-            load_scores(page + 1);
-            if (sums_latents) fetch_latents(page + 1, buffer ^ 1);
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        const u64 right = descriptor128(base + Shared::scaled + buffer * WEIGHT_BYTES);
+        barrier_wait(base + Shared::loaded + 8 * stage, parity);
+        u32 raw[2][4];
+        Field field = described[team * 4 + warp];
+        auto load_codes = [&]() {
+            load_transposed(record + field.offset + lane * 16, raw[0]);
+            load_transposed(record + field.offset + 512 + lane * 16, raw[1]);
+        };
+        load_codes();
+        barrier_wait(base + Shared::weighed + 8 * buffer, turn >> 1 & 1);
+        const u64 scaled = descriptor128(base + Shared::scaled + buffer * WEIGHT_BYTES);
+        const u64 plain = descriptor128(base + Shared::plain + buffer * WEIGHT_BYTES);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            const int tile = t * TEAMS + team;
-            if (tile < own_tiles) {
-                u32 raw[2][4], codes[4][4];
-                const Field field = described[tile * 4 + warp];
-                load_transposed(record + field.offset + lane * 16, raw[0]);
-                load_transposed(record + field.offset + 512 + lane * 16, raw[1]);
-                if (field.gain) {
+            // No branch may part products that are under way: what a team lacks of the last tiles it multiplies as zeros.
+            const bool of_latents = t == TILES - 1 && adds_latents;
 #pragma unroll
-                    for (int i = 0; i < 8; i++) {
+            for (int half = 0; half < 2; half++) {
+                wgmma_wait<1>();  // the products of this half of the tile before
+                keep(codes[2 * half]);
+                keep(codes[2 * half + 1]);
+                if (of_latents) {
+#pragma unroll
+                    for (int k = 2 * half; k < 2 * half + 2; k++) {
+                        codes[k][0] = codes[k][1] = codes[k][2] = codes[k][3] = 0;
+                        if (warp * 16 < RANK) {
+                            const int from = 16 * k + (lane & 7) + ((lane >> 4) << 3);
+                            load_transposed(base + Shared::latents + latest * LATENT_BYTES + latent_place(from, 2 * warp + ((lane >> 3) & 1)), codes[k]);
+                            // What nobody attends to may be no number: nothing times a finite number is nothing. What
+                            // is attended to and no number has no score either, so that its weight says so.
+#pragma unroll
+                            for (int i = 0; i < 4; i++) codes[k][i] = finite_half2(codes[k][i]);
+                        }
+                    }
+                } else if (field.gain) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
                         u32 even, odd;
-                        unpack_centred<false>(raw[i / 4][i % 4], field, even, odd);
-                        codes[i / 2][i % 2 * 2] = cubic(even, field.gain);
-                        codes[i / 2][i % 2 * 2 + 1] = cubic(odd, field.gain);
+                        unpack_centred<false>(raw[half][i], field, even, odd);
+                        codes[2 * half + i / 2][i % 2 * 2] = cubic(even, field.gain);
+                        codes[2 * half + i / 2][i % 2 * 2 + 1] = cubic(odd, field.gain);
                     }
                 } else {
 #pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        unpack_plain<false>(raw[i / 4][i % 4], field, codes[i / 2][i % 2 * 2], codes[i / 2][i % 2 * 2 + 1]);
+                    for (int i = 0; i < 4; i++)
+                        unpack_plain<false>(raw[half][i], field, codes[2 * half + i / 2][i % 2 * 2], codes[2 * half + i / 2][i % 2 * 2 + 1]);
                 }
-                keep(sum[t]);
-#pragma unroll
-                for (int k = 0; k < 4; k++) keep(codes[k]);
+                if (half == 1 && t + 1 < TILES) {
+                    const u32 place = field.offset;
+                    field = described[((t + 1) * TEAMS + team) * 4 + warp];
+                    if (field.offset != place) load_codes();
+                }
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 4; k++) wgmma_queries(sum[t], codes[k], right + 2 * k, true);
+                for (int k = 2 * half; k < 2 * half + 2; k++)
+                    wgmma_queries(sum[t], codes[k], (of_latents ? plain : scaled) | 2 * k, true);
                 wgmma_commit();
-                wgmma_wait<0>();
-                keep(sum[t]);
-#pragma unroll
-                for (int k = 0; k < 4; k++) keep(codes[k]);
-            } else if (RANK > 0 && sums_latents && tile == own_tiles) {
-                u32 codes[4][4];
-                const u64 plain = descriptor128(base + Shared::plain + buffer * WEIGHT_BYTES);
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    codes[k][0] = codes[k][1] = codes[k][2] = codes[k][3] = 0;
-                    if (warp * 16 < RANK) {
-                        const int from = 16 * k + (lane & 7) + ((lane >> 4) << 3);
-                        load_transposed(base + Shared::latents + buffer * LATENT_BYTES + latent_place(from, 2 * warp + ((lane >> 3) & 1)), codes[k]);
-                        // What nobody attends to may be no number: nothing times a finite number is nothing. What is
-                        // attended to and no number has no score either, so that its weight says so.
-#pragma unroll
-                        for (int i = 0; i < 4; i++) codes[k][i] = finite_half2(codes[k][i]);
-                    }
-                }
-                keep(sum[t]);
-#pragma unroll
-                for (int k = 0; k < 4; k++) keep(codes[k]);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < 4; k++) wgmma_queries(sum[t], codes[k], plain + 2 * k, true);
-                wgmma_commit();
-                wgmma_wait<0>();
-                keep(sum[t]);
-#pragma unroll
-                for (int k = 0; k < 4; k++) keep(codes[k]);
             }
         }
-    }
-    let_next_start();
-    // ---- what the weights sum up to, then means --------------------------------------------------------------
-    float* weight_sums = (float*)(shared + Shared::sums);
-    float* out_totals = totals + (long(row) * splits + split) * 3 * QUERIES;
+        wgmma_wait<0>();
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-        for (int step = 1; step < 16; step *= 2) {
-            with_scales[r] += __shfl_xor_sync(0xFFFFFFFFu, with_scales[r], step);
-            without[r] += __shfl_xor_sync(0xFFFFFFFFu, without[r], step);
-        }
-        const int head = member + r * (THREADS / 16);
-        if ((tid & 15) == 0 && head < QUERIES) {
-            weight_sums[head] = with_scales[r];
-            weight_sums[QUERIES + head] = without[r];
-            if (slab == 0) out_totals[head] = with_scales[r], out_totals[2 * QUERIES + head] = without[r];
-            if (slab == key_slabs) out_totals[QUERIES + head] = with_scales[r];
-        }
+        for (int t = 0; t < TILES; t++) keep(sum[t]);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + Shared::done + 8 * buffer);
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+        latest = latest == 2 ? 0 : latest + 1;
     }
-    __syncthreads();
+    __syncthreads();  // the sums of the weights are there
+    // ---- means -------------------------------------------------------------------------------------------------
     const int slots = (key_tiles + value_tiles) * 64 + RANK;
     const int first_slot = (first_tile + (of_keys ? 0 : key_tiles)) * 64;
     u8* out = means + (long(row) * splits + split) * KV_HEADS * slots * PADDED * 2;
@@ -275,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
                 const int slot = first_slot + tile * 64 + warp * 16 + 2 * group;
                 store(slot, query, (sum[t][4 * i] - middle * weight.x) * x, (sum[t][4 * i + 1] - middle * weight.y) * y);
                 store(slot + 1, query, (sum[t][4 * i + 2] - middle * weight.x) * x, (sum[t][4 * i + 3] - middle * weight.y) * y);
-            } else if (RANK > 0 && sums_latents && tile == own_tiles && warp * 16 < RANK) {
+            } else if (t == TILES - 1 && adds_latents && warp * 16 < RANK) {
                 const float2 mass = *(const float2*)(weight_sums + QUERIES + query);
                 const float u = mass.x > 0 ? 1.0f / mass.x : mass.x, v = mass.y > 0 ? 1.0f / mass.y : mass.y;
                 const int slot = (key_tiles + value_tiles) * 64 + warp * 16 + group;

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from aquakv.kernels.hopper.compiler import kernel
 from aquakv.kernels.hopper.operands import HopperOperands
+from aquakv.kernels.hopper.order import SUM_TEAMS
 from aquakv.kernels.launch import multiprocessors
-from aquakv.kernels.pages import PAGE_TOKENS, PLANE_BYTES
+from aquakv.kernels.pages import PAGE_TOKENS
 
 #: Most shared memory of a block.
 MAX_BLOCK_BYTES = 227 * 1024
 
-_TEAMS = 3  # warpgroups of a block of sums
-_SCORE_TEAMS = 3  # and of scores
+_SCORE_TEAMS = 3  # warpgroups of a block of scores
 _FIELD_BYTES = 32
+_CHUNK_BYTES = 96
+_MAX_LATENT_STAGES, _MAX_SUM_STAGES = 8, 6
 _LOG2_E = 1.4426950408889634
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
@@ -66,7 +68,9 @@ def scores(
         "SOFTCAP": int(softcap is not None),
         "DEPENDENT": 1,
     }
-    run = kernel("scores", constants, {"wgmma_64": 64, "wgmma_columns": fast, "wgmma_8": 8}, shared, query.device)
+    run = kernel(
+        "scores", constants, {"wgmma_64": 64, "wgmma_columns": fast, "wgmma_8": 8}, shared, query.device
+    )
     blocks = splits_in_one_round(query.device, rows * heads, -(-num_pages // _SCORE_TEAMS))
     splits = _SCORE_TEAMS * blocks
     out = torch.empty(rows, num_pages, query_heads, PAGE_TOKENS, dtype=torch.float32, device=query.device)
@@ -123,8 +127,10 @@ def next_latents(
     """Return the next layer's latents, ``[rows, pages * 64, next_width]`` float16."""
     plain = operands.plain
     rows, num_pages = table.shape
-    width, rank, chunks = plain.next_width, plain.latent_width, plain.keys.chunks
-    shared = latent_shared_bytes(operands)
+    width, rank = plain.next_width, plain.latent_width
+    record = key_pages.shape[1]
+    fixed = latent_shared_bytes(operands) - record
+    stages = min(_MAX_LATENT_STAGES, (MAX_BLOCK_BYTES - fixed) // (record + 8))
     out = torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
     run = kernel(
         "next_latents",
@@ -134,24 +140,25 @@ def next_latents(
         table.device,
     )
     total = rows * num_pages
-    blocks = min(multiprocessors(table.device), -(-total // 4))
     run(
-        (blocks, 1),
+        (min(multiprocessors(table.device), total), 1),
         512,
-        shared,
+        fixed + stages * (record + 8),
         [
             key_pages,
             table,
             lengths,
             latents,
             operands.latent_images,
-            plain.next_offset,
-            operands.sum_fields,
+            operands.latent_constants,
+            operands.latent_fields,
             out,
-            key_pages.shape[1],
+            record,
             num_pages,
             total,
-            chunks,
+            plain.keys.chunks,
+            operands.general_chunks,
+            stages,
         ],
         dependent=True,
     )
@@ -159,10 +166,12 @@ def next_latents(
 
 
 def latent_shared_bytes(operands: HopperOperands) -> int:
-    """Return the shared memory that `next_latents` needs: all of its matrices."""
+    """Return the least shared memory that `next_latents` needs: its matrices and a page."""
     plain = operands.plain
-    blocks = plain.keys.chunks + -(-plain.latent_width // 64)
-    return blocks * (plain.next_width * 128 + 8) + plain.keys.chunks * 4 * _FIELD_BYTES
+    chunks, width = plain.keys.chunks, plain.next_width
+    blocks = chunks + -(-plain.latent_width // 64)
+    tables = 8 * width + chunks * _CHUNK_BYTES
+    return blocks * (width * 128 + 8) + tables + 8 + 16 + plain.keys.layout.record_bytes
 
 
 def code_sums(
@@ -188,15 +197,17 @@ def code_sums(
     rows, num_pages, query_heads, _ = scored.shape
     group = query_heads // plain.num_kv_heads
     queries = -(-query_heads // 8) * 8
-    tiles = 6 if queries <= 32 else 3
     rank = plain.latent_width
     key_tiles, value_tiles = plain.keys.chunks, plain.values.chunks
-    room = _TEAMS * tiles
+    room = SUM_TEAMS * (6 if queries <= 32 else 3)  # tiles whose sums fit the registers
     key_slabs, value_slabs = max(1, -(-(key_tiles + 1) // room)), -(-value_tiles // room)
     key_share, value_share = -(-(key_tiles + 1) // key_slabs), -(-value_tiles // max(1, value_slabs))
-    stage = -(-max(key_pages.shape[1], value_pages.shape[1]) // 128) * 128
-    fixed = 4 * queries * 128 + 2 * 128 * rank + 4 * room * _FIELD_BYTES + 8 * queries
-    stages = max(2, min(4, (MAX_BLOCK_BYTES - fixed - 512) // stage))
+    tiles = -(-max(key_share, value_share) // SUM_TEAMS)
+    record_room = -(-max(key_pages.shape[1], value_pages.shape[1]) // 128) * 128
+    stage = record_room + query_heads * PAGE_TOKENS * 4
+    # What `Shared` of code_sum.cu has beside its stages and their barriers.
+    fixed = 4 * queries * 128 + 3 * 128 * rank + 4 * SUM_TEAMS * tiles * _FIELD_BYTES + 8 * queries + 32
+    stages = max(2, min(_MAX_SUM_STAGES, (MAX_BLOCK_BYTES - fixed - 128) // (stage + 8)))
     shared = -(-(fixed + 8 * stages) // 128) * 128 + stages * stage
     run = kernel(
         "code_sum",
@@ -223,7 +234,7 @@ def code_sums(
     totals = torch.empty(rows, splits, 3, queries, dtype=torch.float32, device=scored.device)
     run(
         (slabs * splits, rows),
-        128 * _TEAMS,
+        128 * (SUM_TEAMS + 1),
         shared,
         [
             scored,
@@ -238,7 +249,7 @@ def code_sums(
             totals,
             key_pages.shape[1],
             value_pages.shape[1],
-            stage,
+            record_room,
             num_pages,
             splits,
             maxima.shape[2],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError
+from aquakv.kernels.hopper.order import latent_order, sum_order
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
@@ -44,7 +45,8 @@ class HopperOperands:
         Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair
         is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
     score_fields, sum_fields
-        ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values.
+        ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values in the order of
+        `sum_order`.
     score_planes
         ``[kv_heads, planes]`` int32: where the planes with a head's codes are in a record, -1 past the last;
         offsets of `score_fields` count from the first.
@@ -53,10 +55,14 @@ class HopperOperands:
     cubic_fields, exact_fields
         Fields of a head whose levels may be unequally spaced, and those whose codes may have to be numbers
         before they are centred, as 1024 plus half a number is no half: the first ones.
-    latent_images
-        uint8: innovation and transition; None at the last layer.
+    latent_images, latent_constants
+        uint8: innovation and transition; ``[2, next_width]`` float32: what the codes that are level 0 add up
+        to where they are used as they are, and the offset. None at the last layer.
+    latent_fields, general_chunks
+        Fields of keys, likewise, in the order of `latent_order`, and how many chunks are general.
     epilogue
-        ``[kv_heads, slots, head_dim]`` float16.
+        ``[kv_heads, slots, head_dim]`` float16: fields of keys and of values in the order of `sum_order`,
+        then the latent.
     """
 
     plain: DecodeOperands
@@ -75,6 +81,9 @@ class HopperOperands:
     cubic_fields: int
     exact_fields: int
     latent_images: Tensor | None
+    latent_constants: Tensor | None
+    latent_fields: Tensor
+    general_chunks: int
     epilogue: Tensor
 
     @property
@@ -155,8 +164,12 @@ class HopperOperands:
             for own, planes in zip(own_fields, own_planes, strict=True)
         ]
         most_planes = max(1, *map(len, own_planes))
-        chunks = (plain.keys.chunks, plain.values.chunks)
-        sums = [_describe(t, t.fields, 4 * n) for t, n in zip(tables, chunks, strict=True)]
+        orders = [sum_order(t.fields) for t in tables]
+        sums = [_describe(t, t.fields, len(o))[o] for t, o in zip(tables, orders, strict=True)]
+        summed = [
+            _field_slots(o, device) + 4 * n * FIELD_COLUMNS
+            for o, n in zip(orders, (0, plain.keys.chunks), strict=True)
+        ]
         spread = angles[by_angle]
         rotation = torch.arange(PAGE_TOKENS, dtype=torch.float64)[:, None] - (PAGE_TOKENS - 1) / 2
         rotation = rotation * torch.nn.functional.pad(spread, (0, fast))[:fast]
@@ -164,13 +177,10 @@ class HopperOperands:
         # pairs, 2 * quad and the next: their cosines, then sines.
         turns = torch.stack([rotation.cos(), rotation.sin()]).half()
         turns = turns.view(2, 4, 2, 8, fast // 8, 4, 2).permute(4, 1, 3, 5, 2, 0, 6).contiguous()
-        latent = None
-        if plain.innovation is not None:
-            parts = [plain.innovation]
-            if plain.transition is not None:
-                parts.append(_pad_slots(plain.transition))
-            whole = torch.cat(parts)
-            latent = _images(whole[_step_order(len(whole), device)].T[None])[0].contiguous()
+        epilogue = plain.epilogue.transpose(1, 2)
+        numbers, general = latent_order(table.fields)
+        latent_fields = _describe(table, table.fields, len(numbers))[numbers].to(device)
+        latent, constants = _latent_operands(plain, numbers, general)
         coordinate = torch.cat([rotary_order(dim, plain.rotary_dim), torch.tensor([-1])])
         return cls(
             plain,
@@ -196,7 +206,10 @@ class HopperOperands:
             cubic,
             exact,
             latent,
-            plain.epilogue.transpose(1, 2).contiguous(),
+            constants,
+            latent_fields,
+            general,
+            torch.cat([epilogue[:, torch.cat(summed)], epilogue[:, sum(map(len, summed)) :]], 1),
         )
 
     def page_turns(self, rotary: PageRotary) -> Tensor:
@@ -254,6 +267,39 @@ def unsupported(plain: DecodeOperands) -> str | None:
     return None
 
 
+def _latent_operands(
+    plain: DecodeOperands, places: Sequence[int], general: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return images and constants of the next latent; see `HopperOperands`."""
+    if plain.innovation is None or plain.next_offset is None:
+        return None, None
+    device, width = plain.innovation.device, plain.next_width
+    innovation = plain.innovation[_field_slots(places, device)]
+    centres = [0.0] * len(places)
+    for place, field in enumerate(places[4 * general :], 4 * general):
+        centres[place] = plain.keys.layout.fields[field].centre
+    centre = torch.tensor(centres, dtype=torch.float64, device=device).repeat_interleave(FIELD_COLUMNS)
+    constants = torch.stack([centre @ innovation.double(), plain.next_offset.double()]).float()
+    parts = [innovation]
+    if plain.transition is not None:
+        parts.append(_pad_slots(plain.transition))
+    whole = torch.cat(parts)
+    # A thread has two of eight neighbouring columns of a product: its columns of four products (or two, where
+    # the width is not a multiple of 32) are neighbours in the latent.
+    column = torch.arange(width, device=device)
+    tile, pair, odd = column // 8, column % 8 // 2, column % 2
+    runs = torch.where(tile // 4 * 4 + 4 <= width // 8, 4, 2)
+    order = tile // 4 * 32 + 2 * runs * pair + 2 * (tile % 4) + odd
+    images = _images(whole[_step_order(len(whole), device)][:, order].T[None])[0]
+    return images.contiguous(), constants.contiguous()
+
+
+def _field_slots(order: Sequence[int], device: torch.device) -> Tensor:
+    """Return the slots of some fields, 16 each."""
+    fields = torch.tensor(list(order), dtype=torch.int64, device=device)
+    return (fields[:, None] * FIELD_COLUMNS + torch.arange(FIELD_COLUMNS, device=device)).flatten()
+
+
 def _describe(
     layout: PageLayout,
     fields: Sequence[Field],
@@ -263,8 +309,8 @@ def _describe(
 ) -> Tensor:
     """Return ``[count, 8]`` int32 descriptions, zero (all codes 0) past the fields.
 
-    Offsets are those in a page; with ``planes``, those in 16 tokens of these planes, one behind the other. The
-    centre of fields past the first ``exact`` has what `unpack_at_once` subtracts.
+    Offsets are those in a page; with ``planes``, those in 16 tokens of these planes, one behind the other.
+    The centre of fields past the first ``exact`` has what `unpack_at_once` subtracts.
     """
     gains = level_slopes(layout)[1]
     words = torch.zeros(count, 8, dtype=torch.int32)
