@@ -208,26 +208,35 @@ class CacheStep:
 
     def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
         """Copy what stays exact out of the columns at hand, so that these can be freed."""
-        columns, window = self.layout.columns, self.layout.window
-        before = self.due.first_column
+        self._keep_sinks(exact, keys, values)
+        first = self._first_kept()
+        if self.columns_are_own and first == 0:
+            exact.replace_tail(keys, values)
+            return
+        exact.replace_tail(
+            keys[:, first:].clone(memory_format=torch.contiguous_format),
+            values[:, first:].clone(memory_format=torch.contiguous_format),
+        )
+
+    def _keep_sinks(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
+        """Copy the pass's sinks out of the columns at hand."""
+        before, window = self.due.first_column, self.layout.window
         for row, start in enumerate(self.layout.starts):
             first = max(start, self.columns_before)
-            last = min(start + window.sink_tokens, columns)
+            last = min(start + window.sink_tokens, self.layout.columns)
             if first < last:
                 held, new = slice(first - start, last - start), slice(first - before, last - before)
                 exact.sink_keys[row, held] = keys[row, new]
                 exact.sink_values[row, held] = values[row, new]
+
+    def _first_kept(self) -> int:
+        """Return the first of the columns at hand that some row has not compressed after this pass."""
         due_rows = [row for row, _ in self.due.pages]
-        tail_start = min(
-            first + due_rows.count(row) * window.block_tokens
+        first = min(
+            first + due_rows.count(row) * self.layout.window.block_tokens
             for row, first in enumerate(self.layout.first_exact_columns())
         )
-        tail_start -= before
-        if self.columns_are_own and tail_start == 0:
-            exact.tail_keys, exact.tail_values = keys, values
-            return
-        exact.tail_keys = keys[:, tail_start:].clone(memory_format=torch.contiguous_format)
-        exact.tail_values = values[:, tail_start:].clone(memory_format=torch.contiguous_format)
+        return first - self.due.first_column
 
 
 class CodesStep(CacheStep):
