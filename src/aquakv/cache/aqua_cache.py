@@ -25,6 +25,7 @@ from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.attention import attends_to_views
 from aquakv.models.hooks import ModelHooks
+from aquakv.models.uncompiled import uncompiled
 
 #: How a cache is attended to.
 AttentionChoice = Literal["auto", "fused", "general"]
@@ -199,6 +200,7 @@ class AquaCache(Cache):
 
     # --- the work ---------------------------------------------------------------------------------------
 
+    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
