@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
+from aquakv.cache.encoding import PageEncoder
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
@@ -69,9 +70,11 @@ class AquaCache(Cache):
         ``auto`` is ``fused`` where the codec allows it and the model attends by ``sdpa`` (those who chose
         ``eager`` may want its attention weights, which ``fused`` has not).
     backend
-        What attends to codes that are kept in pages, with one new token a row: ``auto`` leaves it to kernels
-        on a GPU, where all positions follow each other and no mask hides compressed tokens; ``torch``
-        computes the kernels' definitions instead, anywhere; ``triton`` and ``hopper`` insist on kernels.
+        What encodes where codes are kept in pages, and what attends to them with one new token a row:
+        ``auto`` leaves both to kernels on a GPU (attention only where all positions follow each other and no
+        mask hides compressed tokens); ``torch`` computes the kernels' definitions instead, anywhere;
+        ``triton`` and ``hopper`` insist on kernels. Heads of other sizes than 64, 128 and 256 are encoded by
+        the codec itself.
         With kernels on a GPU a step of one token takes it that the attention mask says of older tokens what
         it said when some were last compressed or several were fed.
 
@@ -278,11 +281,14 @@ class AquaCache(Cache):
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
         if not fused or exact is None:
-            self._step = CacheStep(*shared)
+            step = CacheStep(*shared)
         elif kernels and self._state.sees_all(self.layout, self._mask):
-            self._step = self._paged_step(before, self._mask)
+            step = self._paged_step(before, self._mask)
         else:
-            self._step = FusedStep(*shared, self.codec, exact.tail_columns, self._mask)
+            step = FusedStep(*shared, self.codec, exact.tail_columns, self._mask)
+        if step.due:
+            step.encoder = PageEncoder.of(self.codec, self.window.block_tokens, self._backend, key_states)
+        self._step = step
 
     def _paged_step(self, columns_before: int, mask: Tensor | None) -> PagedStep:
         exact, guard = self._compressed[0].exact, self.codec.config.guard
