@@ -235,6 +235,7 @@ def test_a_capture_that_fails_leaves_a_cache_to_be_reset():
     graph = DecodeGraph(model, cache, capture=fail)
     feed(model, cache, tokens[:, :70], [70])
     graph.step(tokens[:, 70:71])
+    assert not graph.repeats
     with pytest.raises(RuntimeError, match="no memory"):
         graph.step(tokens[:, 71:72])
     with pytest.raises(CacheStateError, match="reset"):
@@ -298,7 +299,7 @@ def test_a_cuda_graph_is_the_forward_passes(pads, dtype, backend):
     feed(model, ours, tokens[:, :140], [140], mask[:, :140])
     graph, replays = DecodeGraph(model, ours), 0
     for column in range(140, 440):
-        steady = graph._captured is not None and graph._captured.steady is ours.steady(False)
+        steady = graph.repeats
         # What is captured already never waits for the device.
         torch.cuda.set_sync_debug_mode("error" if steady else "default")
         try:

@@ -99,6 +99,12 @@ class DecodeGraph:
         self._captured: _Captured | None = None
         self._inside = False
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a step is captured that is good for repeating now."""
+        held = self._captured
+        return held is not None and held.steady is self._cache.steady(held.steady.masked)
+
     @torch.no_grad()
     def step(
         self,
