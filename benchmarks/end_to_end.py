@@ -4,8 +4,8 @@
     python benchmarks/end_to_end.py --model small --batch 2 --context 260 --out /tmp/smoke.json    # on a CPU
 
 Caches are filled without a prefill: exact ones with random numbers, `AquaCache` with random codes, scales and
-outliers in as many bytes as real ones take. First `DecodeGraph` is compared with the model's own passes. Times
-are wall times of steps, eight at a time without waiting in between. `AquaCache` runs from one compression to
+outliers in as many bytes as real ones take. First `DecodeGraph` is compared with the model's own passes. The
+times are of eight steps in a row, without waiting in between. `AquaCache` runs from one compression to
 the next: the repeated steps' median, the steps around the compression, and the mean of all, from which follow
 the tokens per second. An exact step is the same every time: "exact, in place" attends to all columns and
 overwrites the newest, the best that can be done with PyTorch's attention; a `StaticCache` is what
