@@ -19,6 +19,7 @@ from aquakv.codec import EncodedPages, LayerCodec, ModelCodec
 from aquakv.config import GuardConfig
 from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes
 from aquakv.kernels.backend import Backend, resolve_backend
+from aquakv.kernels.exact import HeldTokens, attend_exact
 from aquakv.kernels.from_codec import decode_operands
 from aquakv.kernels.operands import HEAD_DIMS, MAX_RANK
 from aquakv.models.adapter import ModelAdapter
@@ -368,15 +369,24 @@ class PagedStep(CodesStep):
         tables = self.state.tables(layout, self.adapter, layer_idx, device)
         if device not in self._seen:
             self._seen[device] = tables.exact_seen(places, layout.window.sink_tokens)
-        exact_keys = [exact.sink_keys, exact.key_buffer]
-        exact_values = [exact.sink_values, exact.value_buffer]
-        seen, chunk = [self._seen[device]], pages.all()
-        if chunk.outliers is not None:
+        seen, chunk = self._seen[device], pages.all()
+        outliers, index = chunk.outliers, None
+        if outliers is not None:
             most = self._guard.most(pages.block_tokens)
-            rows = self.state.outliers(layout, layer_idx, chunk.outliers, tables, most)
-            for parts, vectors in ((exact_keys, chunk.outliers.keys), (exact_values, chunk.outliers.values)):
-                parts.append(vectors[None] if rows.index is None else vectors[rows.index])
-            seen.append(rows.present)
+            rows = self.state.outliers(layout, layer_idx, outliers, tables, most)
+            index, seen = rows.index, torch.cat([seen, rows.present], 1)
+        tail = exact.key_buffer, exact.value_buffer
+        if self._first_kept():  # what is kept moves within the buffers before anything attends
+            tail = tail[0].clone(), tail[1].clone()
+        held = HeldTokens(
+            exact.sink_keys,
+            exact.sink_values,
+            *tail,
+            None if outliers is None else outliers.keys,
+            None if outliers is None else outliers.values,
+            index,
+            seen,
+        )
         encoded_keys, encoded_values = chunk.encoded
         assert isinstance(encoded_keys, EncodedPages)  # `why_not_paged` has seen to it
         assert isinstance(encoded_values, EncodedPages)
@@ -385,9 +395,7 @@ class PagedStep(CodesStep):
             PagedCodes(encoded_keys.records, encoded_values.records, tables.table, tables.lengths),
             operands_on(self._codec, self.next_layer, 2 * tables.rotary.page_cos.shape[-1], device, dtype),
             tables.rotary,
-            torch.cat(exact_keys, 1),
-            torch.cat(exact_values, 1),
-            torch.cat(seen, 1),
+            held,
             self.state.backend,
         )
         self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
@@ -411,30 +419,24 @@ class PagedView:
         The pass; it carries the latents from layer to layer.
     codes, operands, rotary, backend
         For the kernels.
-    exact_keys, exact_values
-        ``[rows, n, num_kv_heads, head_dim]``: sinks, the tail and its spare columns, outliers.
-    seen
-        ``[rows, n]`` bool: which of these are.
+    held
+        Sinks, the tail and its spare columns, outliers; and which of these are seen.
     """
 
     step: PagedStep
     codes: PagedCodes
     operands: DecodeOperands
     rotary: PageRotary
-    exact_keys: Tensor
-    exact_values: Tensor
-    seen: Tensor
+    held: HeldTokens
     backend: Backend
 
     def attend(
         self, query: Tensor, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None
     ) -> Tensor:
         """Attend to all tokens; parameters and result as for `CodedView.attend`, with one query a row."""
-        rows, heads, _, dim = query.shape
-        kv_heads = self.exact_keys.shape[2]
-        latents = self.step.latents
+        latents, asked = self.step.latents, query[:, :, 0]
         coded = attend_codes(
-            query[:, :, 0],
+            asked,
             self.codes,
             None if latents is None else latents.to(query.device),
             self.operands,
@@ -444,25 +446,13 @@ class PagedView:
             backend=self.backend,
         )
         self.step.latents = coded.next_latents
-        precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-        grouped = (query.to(precise) * scaling).view(rows, kv_heads, -1, dim)
-        exact = grouped @ self.exact_keys.permute(0, 2, 3, 1).to(precise)
-        if softcap is not None:
-            exact = softcap * torch.tanh(exact / softcap)
-        exact = exact.masked_fill(~self.seen[:, None, None], -torch.inf)
-        lse = coded.lse.to(precise).view(rows, kv_heads, -1, 1)
-        highest = torch.maximum(exact.amax(-1, keepdim=True), lse)
-        sink = None
-        if sink_logits is not None:
-            sink = sink_logits.to(precise).view(1, kv_heads, -1, 1)
-            highest = torch.maximum(highest, sink)
-        # A row that is nothing but padding sees nothing; it gets zeros and nobody reads it.
-        highest = highest.clamp(min=torch.finfo(precise).min)
-        exact, share = (exact - highest).exp_(), (lse - highest).exp_()
-        total = exact.sum(-1, keepdim=True) + share
-        if sink is not None:
-            total = total + (sink - highest).exp()
-        total = total.clamp(min=torch.finfo(precise).tiny)
-        out = (exact / total) @ self.exact_values.transpose(1, 2).to(precise)
-        out = out + coded.out.to(precise).view(rows, kv_heads, -1, dim) * (share / total)
-        return out.reshape(rows, 1, heads, dim).to(query.dtype)
+        return attend_exact(
+            asked,
+            self.held,
+            coded.out,
+            coded.lse,
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            backend=self.backend,
+        )[:, None]
