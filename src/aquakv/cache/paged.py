@@ -332,7 +332,9 @@ class PagedStep(CodesStep):
         window = layout.window
         self._capacity = max(window.recent_window + window.block_tokens, tail_columns + 1)
         self._places: dict[torch.device, ExactPlaces] = {}
+        # Of the device's making, so that a graph makes them anew.
         self._seen: dict[torch.device, Tensor] = {}
+        self._new: dict[torch.device, Tensor] = {}
 
     @property
     def masked(self) -> bool:
@@ -363,12 +365,13 @@ class PagedStep(CodesStep):
         device, layout = key_states.device, self.layout
         places = self.places_on(device, layer_idx)
         exact.reserve(places.capacity)
-        exact.add(places.new, key_states.transpose(1, 2), value_states.transpose(1, 2))
-        chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
-        dtype = torch.float32 if chosen == "torch" else torch.float16
         tables = self.state.tables(layout, self.adapter, layer_idx, device)
         if device not in self._seen:
             self._seen[device] = tables.exact_seen(places, layout.window.sink_tokens)
+            self._new[device] = places.new
+        exact.add(self._new[device], key_states.transpose(1, 2), value_states.transpose(1, 2))
+        chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
+        dtype = torch.float32 if chosen == "torch" else torch.float16
         seen, chunk = self._seen[device], pages.all()
         outliers, index = chunk.outliers, None
         if outliers is not None:
