@@ -227,7 +227,7 @@ class DecodeGraph:
 
 
 class CudaCapture:
-    """Captures steps as CUDA graphs, all in one pool of memory.
+    """Captures steps as CUDA graphs, each in a pool of memory of its own, which goes with the graph.
 
     Parameters
     ----------
@@ -237,13 +237,12 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> Replay:
         """Capture a step, which does not run."""
         graph = torch.cuda.CUDAGraph()
         # Other threads may do as they like meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             out = step()
 
         def replay() -> Tensor:
