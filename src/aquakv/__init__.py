@@ -6,7 +6,7 @@
 """
 
 from aquakv._version import __version__
-from aquakv.cache import AquaCache, Footprint
+from aquakv.cache import AquaCache, DecodeGraph, Footprint
 from aquakv.calibration import calibrate, calibrate_many
 from aquakv.codec import ModelCodec
 from aquakv.config import CodecConfig, WindowConfig, preset
@@ -18,6 +18,7 @@ __all__ = [
     "AquaKVError",
     "CacheStateError",
     "CodecConfig",
+    "DecodeGraph",
     "Footprint",
     "InputError",
     "ModelCodec",

@@ -3,7 +3,17 @@
 from aquakv.cache.aqua_cache import AquaCache
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
+from aquakv.cache.graph import DecodeGraph
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
 
-__all__ = ["AquaCache", "AquaLayer", "CodedPages", "ExactTokens", "Footprint", "Outliers", "TokenLayout"]
+__all__ = [
+    "AquaCache",
+    "AquaLayer",
+    "CodedPages",
+    "DecodeGraph",
+    "ExactTokens",
+    "Footprint",
+    "Outliers",
+    "TokenLayout",
+]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
+from aquakv.cache.encoding import PageEncoder
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
@@ -25,9 +26,24 @@ from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.attention import attends_to_views
 from aquakv.models.hooks import ModelHooks
+from aquakv.models.uncompiled import uncompiled
 
 #: How a cache is attended to.
 AttentionChoice = Literal["auto", "fused", "general"]
+
+
+class Steady:
+    """Stands for a run of steps that differ in their tokens only; compared by identity.
+
+    Attributes
+    ----------
+    masked
+        Whether they are given an attention mask.
+    """
+
+    def __init__(self, masked: bool) -> None:
+        self.masked = masked
+
 
 _HALFWAY = "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
 
@@ -54,9 +70,11 @@ class AquaCache(Cache):
         ``auto`` is ``fused`` where the codec allows it and the model attends by ``sdpa`` (those who chose
         ``eager`` may want its attention weights, which ``fused`` has not).
     backend
-        What attends to codes that are kept in pages, with one new token a row: ``auto`` leaves it to kernels
-        on a GPU, where all positions follow each other and no mask hides compressed tokens; ``torch``
-        computes the kernels' definitions instead, anywhere; ``triton`` and ``hopper`` insist on kernels.
+        What encodes where codes are kept in pages, and what attends to them with one new token a row:
+        ``auto`` leaves both to kernels on a GPU (attention only where all positions follow each other and no
+        mask hides compressed tokens); ``torch`` computes the kernels' definitions instead, anywhere;
+        ``triton`` and ``hopper`` insist on kernels. Heads of other sizes than 64, 128 and 256 are encoded by
+        the codec itself.
         With kernels on a GPU a step of one token takes it that the attention mask says of older tokens what
         it said when some were last compressed or several were fed.
 
@@ -103,12 +121,15 @@ class AquaCache(Cache):
         self._positions: Tensor | None = None
         self._custom_mask = False
         self._in_forward = False
+        self._prepared: PagedStep | None = None
+        self._broken = False
         self._paged = self._fused and why_not_paged(self.codec, self.window.block_tokens) is None
         self._build()
         super().__init__(layers=self.layers)
 
     def _build(self) -> None:
         self.layout = TokenLayout(self.window)
+        self._steady = None
         self._state = PagedState(self._backend)
         self.layers: list[Any] = self._adapter.exact_layers()
         for index in self._adapter.compressed_layers:
@@ -173,11 +194,16 @@ class AquaCache(Cache):
 
     def _require_intact(self) -> None:
         # Sliding layers before the first compressed one, or behind the last, are updated outside of any step.
-        if self._step is not None or len({layer.get_seq_length() for layer in self.layers}) > 1:
+        if (
+            self._step is not None
+            or self._broken
+            or len({layer.get_seq_length() for layer in self.layers}) > 1
+        ):
             raise CacheStateError(_HALFWAY)
 
     # --- the work ---------------------------------------------------------------------------------------
 
+    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
@@ -228,7 +254,14 @@ class AquaCache(Cache):
             self._step = None
             if self._paged and (step.due or key_states.shape[2] > 1):
                 self._state.look_at(self.layout, self._mask)
+            self._note_steady(step)
         return everything
+
+    def _note_steady(self, step: CacheStep) -> None:
+        if not isinstance(step, PagedStep) or step.due:
+            self._steady = None
+        elif self._steady is None or self._steady.masked != step.masked:
+            self._steady = Steady(step.masked)
 
     def _begin_step(self, key_states: Tensor) -> None:
         if self._step is not None:
@@ -238,6 +271,9 @@ class AquaCache(Cache):
                 "AquaCache.update was called outside a forward pass of the model that it was built for; "
                 f"expected a {self._adapter.name} forward pass with past_key_values=cache"
             )
+        if self._prepared is not None:
+            self._step, self._prepared = self._prepared, None
+            return
         rows, _, new_columns, _ = key_states.shape
         before, fused = self.layout.columns, self._attends_to_codes(new_columns)
         kernels = fused and self._attends_with_kernels(key_states)
@@ -245,19 +281,92 @@ class AquaCache(Cache):
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
         if not fused or exact is None:
-            self._step = CacheStep(*shared)
-            return
-        held = (self.codec, exact.tail_keys.shape[1], self._mask)
-        if kernels and self._state.sees_all(self.layout, self._mask):
-            self._step = PagedStep(*shared, *held, self._state)
+            step = CacheStep(*shared)
+        elif kernels and self._state.sees_all(self.layout, self._mask):
+            step = self._paged_step(before, self._mask)
         else:
-            self._step = FusedStep(*shared, *held)
+            step = FusedStep(*shared, self.codec, exact.tail_columns, self._mask)
+        if step.due:
+            step.encoder = PageEncoder.of(self.codec, self.window.block_tokens, self._backend, key_states)
+        self._step = step
+
+    def _paged_step(self, columns_before: int, mask: Tensor | None) -> PagedStep:
+        exact, guard = self._compressed[0].exact, self.codec.config.guard
+        assert exact is not None  # there are compressed tokens
+        return PagedStep(
+            self._adapter,
+            self.layout,
+            guard,
+            columns_before,
+            self.codec,
+            exact.tail_columns,
+            mask,
+            self._state,
+        )
+
+    # --- steps that a graph repeats -----------------------------------------------------------------------
+
+    def why_no_graphs(self) -> str | None:
+        """Return why no step through this cache can be captured in a graph, or None if some can."""
+        if not self._fused:
+            return "the cache reconstructs keys and values in every step (attention general)"
+        reason = why_not_paged(self.codec, self.window.block_tokens)
+        if reason is None and len(self._compressed) < len(self.layers):
+            reason = "some layers attend through sliding windows, whose caches move"
+        return reason
+
+    def steady(self, masked: bool) -> Steady | None:
+        """Return what the next step of one token a row has in common with the last, if it can repeat it.
+
+        It can if kernels attended in the last one, with a mask or without as in the next; if neither
+        compresses anything, and all sinks are there. As long as the same object is returned, all tensors that
+        the cache holds stay where they are.
+        """
+        layout = self.layout
+        self._require_intact()
+        if self._steady is None or self._steady.masked != masked:
+            return None
+        least = max(1, self.window.sink_tokens)
+        if any(length < least for length in layout.lengths()) or layout.blocks_due(1):
+            return None
+        return self._steady
+
+    def prepare_step(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Add a column for a step that `steady` allows; the model's next pass computes only.
+
+        So what is captured of that pass takes nothing from the host that the steps after it change.
+
+        Parameters
+        ----------
+        position_ids
+            ``[rows or 1, 1]``.
+        attention_mask
+            ``[rows, columns, the new one included]``, or None.
+        """
+        before = self.layout.columns
+        self.layout.append(1, position_ids, None, self.layout.rows)
+        step = self._paged_step(before, attention_mask)
+        self._prepared = step
+        step.places_on(self._compressed[0].device, self._adapter.compressed_layers[0])
+
+    def repeat_step(self, position_ids: Tensor) -> None:
+        """Add a column for a step that a graph computes, once `steady` has allowed it; host's part only."""
+        self.layout.append(1, position_ids, None, self.layout.rows)
+        for layer in self._compressed:
+            assert layer.exact is not None  # there was a step before
+            layer.exact.tail_columns += 1
+        self._state.columns_on(self._compressed[0].device, self.layout.columns)
+
+    def give_up_step(self) -> None:
+        """Note that a prepared step was not computed to its end: the cache has to be reset."""
+        self._prepared, self._steady, self._broken = None, None, True
 
     # --- the rest of the protocol -------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Drop all tokens; the cache is as new."""
-        self._step = None
+        self._step = self._prepared = None
+        self._broken = False
         self._build()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -281,14 +390,13 @@ class AquaCache(Cache):
                     f"cannot remove {removed} tokens: layers with a sliding window have dropped what was "
                     "before them; call activate_past_recording() before feeding tokens that may have to go"
                 )
+        self._steady = None
         self.layout.crop(removed)
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):
                 layer.crop(-removed)
             elif layer.exact is not None:
-                kept = max(0, layer.exact.tail_keys.shape[1] - removed)
-                layer.exact.tail_keys = layer.exact.tail_keys[:, :kept].clone()
-                layer.exact.tail_values = layer.exact.tail_values[:, :kept].clone()
+                layer.exact.crop(removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row ``i`` a copy of the present row ``beam_idx[i]`` (beam search)."""
@@ -303,6 +411,7 @@ class AquaCache(Cache):
         rows = everything[torch.as_tensor(indices).cpu()].tolist()  # negative numbers, masks: as for tensors
         if rows == everything.tolist():
             return
+        self._steady = None
         pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):

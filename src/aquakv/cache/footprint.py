@@ -20,7 +20,7 @@ class Footprint:
     position_bytes
         Position ids of all tokens; counted with the compressed region.
     sink_bytes, tail_bytes
-        Tokens kept in the model's dtype: sinks, and the newest ones.
+        Tokens kept in the model's dtype: sinks, and the newest ones, with the room that a layer has for more.
     other_layer_bytes
         Layers that are not compressed (sliding windows).
     coded_values

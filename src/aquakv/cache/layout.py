@@ -16,6 +16,9 @@ from torch import Tensor
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError
 
+#: Position ids that are appended one at a time get room for one part in so many more.
+SPARE_POSITIONS = 16
+
 
 @dataclass
 class TokenLayout:
@@ -35,8 +38,6 @@ class TokenLayout:
         ``(row, first_column)`` of every compressed block, in storage order, the same at every layer.
     successive
         For each of ``pages`` whether its tokens have successive positions.
-    positions
-        ``[rows, columns]`` int32 position ids, on the device of the first layer.
     version
         Rises whenever ``starts``, ``coded`` or ``pages`` change.
     """
@@ -47,8 +48,13 @@ class TokenLayout:
     coded: list[int] = field(default_factory=list)
     pages: list[tuple[int, int]] = field(default_factory=list)
     successive: list[bool] = field(default_factory=list)
-    positions: Tensor | None = None
     version: int = 0
+    _positions: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``[rows, columns]`` int32 position ids, on the device of the first layer; None before any."""
+        return None if self._positions is None else self._positions[:, : self.columns]
 
     @property
     def rows(self) -> int:
@@ -98,10 +104,21 @@ class TokenLayout:
             starts = self._find_starts(starts, mask, after)
         self.version += starts != self.starts
         self.starts, self.coded = starts, self.coded or [0] * rows
-        positions = positions.detach().to(torch.int32).expand(rows, -1)
-        old = [] if self.positions is None else [self.positions]
-        self.positions = torch.cat([*old, positions.to(old[0].device if old else positions.device)], 1)
+        self._append_positions(positions.detach().to(torch.int32).expand(rows, -1))
         self.columns = after
+
+    def _append_positions(self, positions: Tensor) -> None:
+        old, new_columns = self.positions, positions.shape[1]
+        if old is None:
+            self._positions = positions.clone()
+            return
+        after = self.columns + new_columns
+        assert self._positions is not None  # or there were no old ones
+        if self._positions.shape[1] < after:
+            # One at a time they are not moved each time.
+            spare = after // SPARE_POSITIONS if new_columns == 1 else 0
+            self._positions = torch.cat([old, old.new_zeros(len(old), new_columns + spare)], 1)
+        self._positions[:, self.columns : after] = positions.to(old.device)
 
     def _find_starts(self, starts: list[int], mask: Tensor | None, after: int) -> list[int]:
         rows = len(starts)
@@ -118,10 +135,14 @@ class TokenLayout:
             for start, first in zip(starts, leading, strict=True)
         ]
 
-    def blocks_due(self) -> list[tuple[int, int]]:
-        """Return ``(row, first_column)`` of the blocks to compress now, row by row, oldest first."""
+    def blocks_due(self, more: int = 0) -> list[tuple[int, int]]:
+        """Return ``(row, first_column)`` of the blocks to compress now, row by row, oldest first.
+
+        Or those to compress once there are so many columns ``more``.
+        """
         due = []
-        for row, length in enumerate(self.lengths()):
+        for row, start in enumerate(self.starts):
+            length = self.columns + more - start
             first = self.starts[row] + self.window.sink_tokens
             tokens = range(self.coded[row], self.window.coded_tokens(length), self.window.block_tokens)
             due.extend((row, first + token) for token in tokens)
@@ -155,7 +176,7 @@ class TokenLayout:
         self.starts = [min(start, after) for start in self.starts]
         self.version += 1
         if self.positions is not None:
-            self.positions = self.positions[:, :after].clone()
+            self._positions = self.positions.clone()
 
     def select(self, rows: list[int]) -> list[int]:
         """Make the batch ``rows`` of the present one; return the present page that each new page copies."""
@@ -171,7 +192,7 @@ class TokenLayout:
         self.starts = [self.starts[row] for row in rows]
         self.coded = [self.coded[row] for row in rows]
         if self.positions is not None:
-            self.positions = self.positions[rows]
+            self._positions = self.positions[rows]
         return source
 
     def page_columns(

@@ -1,7 +1,8 @@
 """A decode step that leaves attention to codes to `aquakv.kernels`: one new token a row, codes in pages.
 
 What the kernels need to know of pages is the same at all layers and changes with the pages only, so that a
-step in which nothing is compressed makes no tensor out of the host's numbers and waits for nothing.
+step in which nothing is compressed makes no tensor out of the host's numbers and waits for nothing. Of what
+the host knows only the number of columns changes from step to step; the device has it in one tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aquakv.codec import EncodedPages, LayerCodec, ModelCodec
 from aquakv.config import GuardConfig
 from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes
 from aquakv.kernels.backend import Backend, resolve_backend
+from aquakv.kernels.exact import HeldTokens, attend_exact
 from aquakv.kernels.from_codec import decode_operands
 from aquakv.kernels.operands import HEAD_DIMS, MAX_RANK
 from aquakv.models.adapter import ModelAdapter
@@ -152,21 +154,53 @@ class PageTables:
         present = torch.arange(most, device=row.device) < own.sum(0)[:, None]
         return OutlierRows(index, present)
 
-    def exact_seen(self, layout: TokenLayout, first_column: int, mask: Tensor | None) -> Tensor:
-        """Return which sinks and held columns each row's new token sees, ``[rows, sinks + columns]`` bool."""
+    def allowed(self, layout: TokenLayout, first_column: int, capacity: int, mask: Tensor) -> Tensor:
+        """Return what a mask allows of sinks and of ``capacity`` columns, ``[rows, sinks + capacity]`` bool.
+
+        Of columns that are not there yet, all.
+        """
         device, sinks = self.starts.device, layout.window.sink_tokens
-        number = torch.arange(sinks, device=device)
-        columns = torch.arange(first_column, layout.columns, device=device)
-        held = (layout.columns - 1 - self.starts).clamp(0, sinks)  # sinks kept before this pass
-        seen_sinks = number < held
+        real = mask[:, : layout.columns].to(device, non_blocking=True).ne(0).expand(layout.rows, -1)
+        column = (self.starts + torch.arange(sinks, device=device)).clamp(max=layout.columns - 1)
+        later = real.new_ones(layout.rows, first_column + capacity - layout.columns)
+        return torch.cat([real.gather(1, column), real[:, first_column:], later], 1)
+
+    def exact_seen(self, places: ExactPlaces, sinks: int) -> Tensor:
+        """Return which sinks and columns each row's new token sees, ``[rows, sinks + capacity]`` bool."""
+        device, first = self.starts.device, places.first_column
+        columns = torch.arange(first, first + places.capacity, device=device)
+        held = (places.columns - 1 - self.starts).clamp(0, sinks)  # sinks kept before this pass
         seen = columns >= self.starts + torch.where(self.coded > 0, sinks + self.coded, held)
-        if mask is not None:
-            allowed = mask[:, : layout.columns].to(device, non_blocking=True).ne(0)
-            allowed = allowed.expand(layout.rows, -1)
-            column = (self.starts + number).clamp(max=layout.columns - 1)
-            seen_sinks = seen_sinks & allowed.gather(1, column)
-            seen = seen & allowed[:, first_column:]
-        return torch.cat([seen_sinks, seen], 1)
+        seen = torch.cat([torch.arange(sinks, device=device) < held, seen & (columns < places.columns)], 1)
+        return seen if places.allowed is None else seen & places.allowed
+
+
+@dataclass(frozen=True)
+class ExactPlaces:
+    """Where a pass's exact tokens are, on one device; the same at all layers.
+
+    Attributes
+    ----------
+    columns
+        ``[1]`` int64: all columns, the new one included. Nothing else changes from pass to pass until
+        something is compressed.
+    first_column
+        Where the tail begins.
+    capacity
+        Columns that the tail has room for.
+    allowed
+        ``[rows, sinks + capacity]`` bool: what the mask allows; None without a mask.
+    """
+
+    columns: Tensor
+    first_column: int
+    capacity: int
+    allowed: Tensor | None
+
+    @property
+    def new(self) -> Tensor:
+        """``[1]`` int64: where in the tail the new column goes."""
+        return self.columns - (self.first_column + 1)
 
 
 class PagedState:
@@ -178,6 +212,13 @@ class PagedState:
         self._tables: dict[torch.device, PageTables] = {}
         self._outliers: dict[int, OutlierRows] = {}
         self._unmasked: bool | None = None
+        self._columns: dict[torch.device, Tensor] = {}
+
+    def columns_on(self, device: torch.device, columns: int) -> Tensor:
+        """Return the number of columns, ``[1]`` int64 on a device, always in the same place."""
+        if device not in self._columns:
+            self._columns[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._columns[device].fill_(columns)
 
     def tables(
         self,
@@ -238,7 +279,9 @@ class PagedState:
             if isinstance(tensor, Tensor)
         ]
         return storage_bytes(
-            *tables, *(tensor for rows in self._outliers.values() for tensor in (rows.index, rows.present))
+            *tables,
+            *self._columns.values(),
+            *(tensor for rows in self._outliers.values() for tensor in (rows.index, rows.present)),
         )
 
 
@@ -286,7 +329,28 @@ class PagedStep(CodesStep):
         super().__init__(adapter, layout, guard, columns_before, codec, tail_columns, mask)
         self.state = state
         self.latents: Tensor | None = None
+        window = layout.window
+        self._capacity = max(window.recent_window + window.block_tokens, tail_columns + 1)
+        self._places: dict[torch.device, ExactPlaces] = {}
+        # Of the device's making, so that a graph makes them anew.
         self._seen: dict[torch.device, Tensor] = {}
+        self._new: dict[torch.device, Tensor] = {}
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is an attention mask."""
+        return self._mask is not None
+
+    def places_on(self, device: torch.device, layer_idx: int) -> ExactPlaces:
+        """Return where exact tokens are, on a device; at the first call, tell the device the columns."""
+        if device not in self._places:
+            first, allowed = self.due.first_column, None
+            if self._mask is not None:
+                tables = self.state.tables(self.layout, self.adapter, layer_idx, device)
+                allowed = tables.allowed(self.layout, first, self._capacity, self._mask)
+            columns = self.state.columns_on(device, self.layout.columns)
+            self._places[device] = ExactPlaces(columns, first, self._capacity, allowed)
+        return self._places[device]
 
     def run_layer(
         self,
@@ -299,20 +363,33 @@ class PagedStep(CodesStep):
     ) -> tuple[PagedView, PagedView]:
         """Add the pass's token to one layer; return what attention takes in place of keys and values."""
         device, layout = key_states.device, self.layout
-        keys, values = self._held(exact, key_states, value_states)
-        chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
-        dtype = torch.float32 if chosen == "torch" else torch.float16
+        places = self.places_on(device, layer_idx)
+        exact.reserve(places.capacity)
         tables = self.state.tables(layout, self.adapter, layer_idx, device)
         if device not in self._seen:
-            self._seen[device] = tables.exact_seen(layout, self.due.first_column, self._mask)
-        exact_keys, exact_values = [exact.sink_keys, keys], [exact.sink_values, values]
-        seen, chunk = [self._seen[device]], pages.all()
-        if chunk.outliers is not None:
+            self._seen[device] = tables.exact_seen(places, layout.window.sink_tokens)
+            self._new[device] = places.new
+        exact.add(self._new[device], key_states.transpose(1, 2), value_states.transpose(1, 2))
+        chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
+        dtype = torch.float32 if chosen == "torch" else torch.float16
+        seen, chunk = self._seen[device], pages.all()
+        outliers, index = chunk.outliers, None
+        if outliers is not None:
             most = self._guard.most(pages.block_tokens)
-            rows = self.state.outliers(layout, layer_idx, chunk.outliers, tables, most)
-            for parts, vectors in ((exact_keys, chunk.outliers.keys), (exact_values, chunk.outliers.values)):
-                parts.append(vectors[None] if rows.index is None else vectors[rows.index])
-            seen.append(rows.present)
+            rows = self.state.outliers(layout, layer_idx, outliers, tables, most)
+            index, seen = rows.index, torch.cat([seen, rows.present], 1)
+        tail = exact.key_buffer, exact.value_buffer
+        if self._first_kept():  # what is kept moves within the buffers before anything attends
+            tail = tail[0].clone(), tail[1].clone()
+        held = HeldTokens(
+            exact.sink_keys,
+            exact.sink_values,
+            *tail,
+            None if outliers is None else outliers.keys,
+            None if outliers is None else outliers.values,
+            index,
+            seen,
+        )
         encoded_keys, encoded_values = chunk.encoded
         assert isinstance(encoded_keys, EncodedPages)  # `why_not_paged` has seen to it
         assert isinstance(encoded_values, EncodedPages)
@@ -321,13 +398,18 @@ class PagedStep(CodesStep):
             PagedCodes(encoded_keys.records, encoded_values.records, tables.table, tables.lengths),
             operands_on(self._codec, self.next_layer, 2 * tables.rotary.page_cos.shape[-1], device, dtype),
             tables.rotary,
-            torch.cat(exact_keys, 1),
-            torch.cat(exact_values, 1),
-            torch.cat(seen, 1),
+            held,
             self.state.backend,
         )
-        self._take_in(layer_idx, codec, pages, exact, keys, values)
+        self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
         return view, view
+
+    def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
+        """Take the sinks out of the tail; forget what has been compressed of it."""
+        self._keep_sinks(exact, keys, values)
+        first = self._first_kept()
+        if first:
+            exact.drop_first(first)
 
 
 @dataclass(frozen=True)
@@ -340,30 +422,24 @@ class PagedView:
         The pass; it carries the latents from layer to layer.
     codes, operands, rotary, backend
         For the kernels.
-    exact_keys, exact_values
-        ``[rows, n, num_kv_heads, head_dim]``: sinks, held columns, outliers.
-    seen
-        ``[rows, n]`` bool: which of these are.
+    held
+        Sinks, the tail and its spare columns, outliers; and which of these are seen.
     """
 
     step: PagedStep
     codes: PagedCodes
     operands: DecodeOperands
     rotary: PageRotary
-    exact_keys: Tensor
-    exact_values: Tensor
-    seen: Tensor
+    held: HeldTokens
     backend: Backend
 
     def attend(
         self, query: Tensor, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None
     ) -> Tensor:
         """Attend to all tokens; parameters and result as for `CodedView.attend`, with one query a row."""
-        rows, heads, _, dim = query.shape
-        kv_heads = self.exact_keys.shape[2]
-        latents = self.step.latents
+        latents, asked = self.step.latents, query[:, :, 0]
         coded = attend_codes(
-            query[:, :, 0],
+            asked,
             self.codes,
             None if latents is None else latents.to(query.device),
             self.operands,
@@ -373,25 +449,13 @@ class PagedView:
             backend=self.backend,
         )
         self.step.latents = coded.next_latents
-        precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-        grouped = (query.to(precise) * scaling).view(rows, kv_heads, -1, dim)
-        exact = grouped @ self.exact_keys.permute(0, 2, 3, 1).to(precise)
-        if softcap is not None:
-            exact = softcap * torch.tanh(exact / softcap)
-        exact = exact.masked_fill(~self.seen[:, None, None], -torch.inf)
-        lse = coded.lse.to(precise).view(rows, kv_heads, -1, 1)
-        highest = torch.maximum(exact.amax(-1, keepdim=True), lse)
-        sink = None
-        if sink_logits is not None:
-            sink = sink_logits.to(precise).view(1, kv_heads, -1, 1)
-            highest = torch.maximum(highest, sink)
-        # A row that is nothing but padding sees nothing; it gets zeros and nobody reads it.
-        highest = highest.clamp(min=torch.finfo(precise).min)
-        exact, share = (exact - highest).exp_(), (lse - highest).exp_()
-        total = exact.sum(-1, keepdim=True) + share
-        if sink is not None:
-            total = total + (sink - highest).exp()
-        total = total.clamp(min=torch.finfo(precise).tiny)
-        out = (exact / total) @ self.exact_values.transpose(1, 2).to(precise)
-        out = out + coded.out.to(precise).view(rows, kv_heads, -1, dim) * (share / total)
-        return out.reshape(rows, 1, heads, dim).to(query.dtype)
+        return attend_exact(
+            asked,
+            self.held,
+            coded.out,
+            coded.lse,
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            backend=self.backend,
+        )[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from aquakv.codec.guard import choose_outliers
 from aquakv.config import GuardConfig
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.rotary import RotaryTables, rotate, unrotate
+
+if TYPE_CHECKING:
+    from aquakv.cache.encoding import PageEncoder
 
 
 @dataclass
@@ -99,6 +102,11 @@ class CacheStep:
         How many outliers a block may have.
     columns_before
         Columns held before this pass.
+
+    Attributes
+    ----------
+    encoder
+        Encodes the blocks that are due; None leaves it to the codec. To be set before the first layer.
     """
 
     #: Whether `run_layer` puts the columns that it takes in into new tensors that hold nothing else.
@@ -114,6 +122,7 @@ class CacheStep:
         self.columns_before = columns_before
         self.coded = Blocks(layout, list(layout.pages))
         self.due = Blocks(layout, layout.blocks_due())
+        self.encoder: PageEncoder | None = None
 
     def run_layer(
         self,
@@ -176,16 +185,23 @@ class CacheStep:
         tables = self.due.tables(self.adapter, layer_idx, keys)
         exact_keys, exact_values = self.due.gather(keys), self.due.gather(values)
         key_block, value_block = unrotate(exact_keys, tables).flatten(1), exact_values.flatten(1)
-        history = self.due.history(keys.device)
-        codes, hat = codec.encode(key_block, value_block, history)
-        excess = codec.excess(key_block, value_block, hat)
+        if self.encoder is None:
+            history = self.due.history(keys.device)
+            codes, hat = codec.encode(key_block, value_block, history)
+            excess = codec.excess(key_block, value_block, hat)
+            self.due.hats = codec.extend(history, hat)
+        else:
+            codes, excess = self.encoder.encode(self.next_layer, key_block, value_block)
         outliers, chosen = None, None
         if excess is not None:
             chosen = choose_outliers(excess, pages.block_tokens, self._guard.most(pages.block_tokens))
             if len(chosen):
                 outliers = Outliers(chosen.to(torch.int32), exact_keys[chosen], exact_values[chosen])
-        pages.append(codec.seal(codes, pages.block_tokens, chosen), len(self.due.pages), outliers)
-        self.due.hats = codec.extend(history, hat)
+        if self.encoder is None:
+            codes = codec.seal(codes, pages.block_tokens, chosen)
+        elif outliers is not None:
+            self.encoder.take_out(codes, outliers.index)
+        pages.append(codes, len(self.due.pages), outliers)
 
     def _assemble(self, sinks: Tensor, tail: Tensor, new: Tensor) -> Tensor:
         """Lay out all columns ``[rows, columns, heads, head_dim]``, compressed ones not yet written."""
@@ -208,26 +224,35 @@ class CacheStep:
 
     def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
         """Copy what stays exact out of the columns at hand, so that these can be freed."""
-        columns, window = self.layout.columns, self.layout.window
-        before = self.due.first_column
+        self._keep_sinks(exact, keys, values)
+        first = self._first_kept()
+        if self.columns_are_own and first == 0:
+            exact.replace_tail(keys, values)
+            return
+        exact.replace_tail(
+            keys[:, first:].clone(memory_format=torch.contiguous_format),
+            values[:, first:].clone(memory_format=torch.contiguous_format),
+        )
+
+    def _keep_sinks(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
+        """Copy the pass's sinks out of the columns at hand."""
+        before, window = self.due.first_column, self.layout.window
         for row, start in enumerate(self.layout.starts):
             first = max(start, self.columns_before)
-            last = min(start + window.sink_tokens, columns)
+            last = min(start + window.sink_tokens, self.layout.columns)
             if first < last:
                 held, new = slice(first - start, last - start), slice(first - before, last - before)
                 exact.sink_keys[row, held] = keys[row, new]
                 exact.sink_values[row, held] = values[row, new]
+
+    def _first_kept(self) -> int:
+        """Return the first of the columns at hand that some row has not compressed after this pass."""
         due_rows = [row for row, _ in self.due.pages]
-        tail_start = min(
-            first + due_rows.count(row) * window.block_tokens
+        first = min(
+            first + due_rows.count(row) * self.layout.window.block_tokens
             for row, first in enumerate(self.layout.first_exact_columns())
         )
-        tail_start -= before
-        if self.columns_are_own and tail_start == 0:
-            exact.tail_keys, exact.tail_values = keys, values
-            return
-        exact.tail_keys = keys[:, tail_start:].clone(memory_format=torch.contiguous_format)
-        exact.tail_values = values[:, tail_start:].clone(memory_format=torch.contiguous_format)
+        return first - self.due.first_column
 
 
 class CodesStep(CacheStep):

@@ -150,20 +150,26 @@ class CodedPages:
 class ExactTokens:
     """Tokens of one layer in the model's dtype, keys after rotary embedding, as the exact cache holds them.
 
+    The tail is what is held of two buffers, which have no spare columns until `reserve` makes some. Spare
+    columns are zeros.
+
     Attributes
     ----------
     sink_keys, sink_values
         ``[rows, sink_tokens, num_kv_heads, head_dim]``: each row's first real tokens; zero where a row has
         fewer.
-    tail_keys, tail_values
-        ``[rows, tail_columns, num_kv_heads, head_dim]``: the newest columns, from the first one that some row
-        has not compressed.
+    key_buffer, value_buffer
+        ``[rows, capacity, num_kv_heads, head_dim]``: the newest columns, from the first one that some row has
+        not compressed.
+    tail_columns
+        How many of these are held.
     """
 
     sink_keys: Tensor
     sink_values: Tensor
-    tail_keys: Tensor
-    tail_values: Tensor
+    key_buffer: Tensor
+    value_buffer: Tensor
+    tail_columns: int = 0
 
     @classmethod
     def empty(cls, keys: Tensor, values: Tensor, sink_tokens: int) -> ExactTokens:
@@ -177,13 +183,63 @@ class ExactTokens:
             values.new_empty(rows, 0, value_heads, value_dim),
         )
 
+    @property
+    def tail_keys(self) -> Tensor:
+        """``[rows, tail_columns, num_kv_heads, head_dim]``: a view of the keys held."""
+        return self.key_buffer[:, : self.tail_columns]
+
+    @property
+    def tail_values(self) -> Tensor:
+        """``[rows, tail_columns, num_kv_heads, head_dim]``: a view of the values held."""
+        return self.value_buffer[:, : self.tail_columns]
+
+    def replace_tail(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these columns, ``[rows, columns, num_kv_heads, head_dim]``, which are the store's from now."""
+        self.key_buffer, self.value_buffer, self.tail_columns = keys, values, keys.shape[1]
+
+    def reserve(self, columns: int) -> None:
+        """Have room for so many columns in all; buffers that have it stay where they are."""
+        if self.key_buffer.shape[1] < columns:
+            self.key_buffer = _widened(self.tail_keys, columns)
+            self.value_buffer = _widened(self.tail_values, columns)
+
+    def add(self, place: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Add one column, ``[rows, 1, num_kv_heads, head_dim]``, in place.
+
+        ``place`` is its index ``tail_columns``, ``[1]`` int64 on the device, so that a graph that captures
+        this can be replayed for the columns that follow.
+        """
+        self.key_buffer.index_copy_(1, place, keys)
+        self.value_buffer.index_copy_(1, place, values)
+        self.tail_columns += 1
+
+    def drop_first(self, columns: int) -> None:
+        """Forget the oldest columns, in place."""
+        kept = self.tail_columns - columns
+        for buffer in (self.key_buffer, self.value_buffer):
+            buffer[:, :kept] = buffer[:, columns : self.tail_columns].clone()
+            buffer[:, kept : self.tail_columns] = 0
+        self.tail_columns = kept
+
+    def crop(self, columns: int) -> None:
+        """Forget the newest columns."""
+        kept = max(0, self.tail_columns - columns)
+        self.replace_tail(self.tail_keys[:, :kept].clone(), self.tail_values[:, :kept].clone())
+
     def select(self, rows: Tensor) -> None:
         """Keep copies of the given rows."""
-        for name in ("sink_keys", "sink_values", "tail_keys", "tail_values"):
+        for name in ("sink_keys", "sink_values", "key_buffer", "value_buffer"):
             tensor = getattr(self, name)
             setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
     def footprint(self) -> tuple[int, int]:
-        """Return the bytes of sinks and of the tail."""
+        """Return the bytes of sinks and of the tail, spare columns included."""
         sinks = storage_bytes(self.sink_keys, self.sink_values)
-        return sinks, storage_bytes(self.tail_keys, self.tail_values)
+        return sinks, storage_bytes(self.key_buffer, self.value_buffer)
+
+
+def _widened(held: Tensor, columns: int) -> Tensor:
+    """Return a buffer of so many columns that begins with those held; the others are zeros."""
+    buffer = held.new_zeros(held.shape[0], columns, *held.shape[2:])
+    buffer[:, : held.shape[1]] = held
+    return buffer

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from aquakv.errors import CacheStateError, UnsupportedModelError
 from aquakv.models.adapter import ModelAdapter
+from aquakv.models.uncompiled import uncompiled
 
 _NAME = "aquakv_observed"
 
@@ -77,7 +78,14 @@ def _attend_to_view(
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # The mask is not looked at: the view knows what may be seen.
-    return key.attend(query, scaling, kwargs.get("softcap"), kwargs.get("s_aux")), None
+    return _attend(key, query, scaling, kwargs.get("softcap"), kwargs.get("s_aux")), None
+
+
+@uncompiled
+def _attend(
+    view: View, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
+) -> Tensor:
+    return view.attend(query, scaling, softcap, sink_logits)
 
 
 AttentionInterface.register(VIEW_ATTENTION, _attend_to_view)

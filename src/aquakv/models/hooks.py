@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from aquakv.models.adapter import ModelAdapter, adapt
 from aquakv.models.attention import accept_views, refuse_views
+from aquakv.models.uncompiled import uncompiled
 
 
 @runtime_checkable
@@ -87,6 +88,7 @@ class ModelHooks:
             accept_views(attention)
             hooks._viewing.add(attention)
 
+    @uncompiled
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = _by_name(module, args, kwargs)
         candidates = [arguments.get("past_key_values"), *args]
@@ -97,12 +99,14 @@ class ModelHooks:
             self._current[get_ident()] = current
             current.forward_begins(arguments.get("attention_mask"))
 
+    @uncompiled
     def _before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self._current.get(get_ident())
         if current is not None:
             position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
             current.positions_known(position_ids)
 
+    @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current = self._current.pop(get_ident(), None)
         if current is not None:
