@@ -153,6 +153,34 @@ def two_stage_codec(kind="llama", first=5):
     return calibrate(shared(kind), random_tokens(8, 48, seed=1), config)
 
 
+@functools.cache
+def wide():
+    """Return a model with heads that the Triton kernels take, and its codec with many outliers."""
+    model = build("llama", hidden_size=64, head_dim=64, vocab_size=300)
+    config = dataclasses.replace(
+        preset("decode"), window=WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
+    )
+    # Of forty different tokens the first layer's keys would have a covariance of rank forty.
+    tokens = torch.randint(1, 300, (16, 96), generator=torch.Generator().manual_seed(1))
+    codec = calibrate(model, tokens, config)
+    guard = dataclasses.replace(config.guard, max_fraction=0.05)
+    layers = [
+        dataclasses.replace(
+            layer,
+            **{
+                kind: dataclasses.replace(
+                    part, guard=dataclasses.replace(part.guard, limit=torch.tensor([1e-12]))
+                )
+                for kind, part in (("keys", layer.keys), ("values", layer.values))
+            },
+        )
+        for layer in codec.layers
+    ]
+    return model, dataclasses.replace(
+        codec, config=dataclasses.replace(config, guard=guard), layers=tuple(layers)
+    )
+
+
 #: What every codec has to do: the presets, one whose guard keeps a quarter of its tokens exact, and one whose
 #: transform has more coefficients than there are values.
 VARIANTS = (*PRESETS, "guarded", "two-stage")

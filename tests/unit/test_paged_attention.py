@@ -2,20 +2,29 @@
 
 import copy
 import dataclasses
-import functools
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aquakv import AquaCache, WindowConfig, calibrate, preset
+from aquakv import AquaCache, WindowConfig
 from aquakv.cache import paged
 from aquakv.cache.fused import CodedView
 from aquakv.cache.paged import PagedView, PageTables, why_not_paged
 from aquakv.cache.step import CacheStep
 from aquakv.errors import ConfigError
 from aquakv.kernels import CodedAttention
-from tiny_models import build, codec_for, feed, go_on, guarded_codec, random_tokens, shared, two_stage_codec
+from tiny_models import (
+    build,
+    codec_for,
+    feed,
+    go_on,
+    guarded_codec,
+    random_tokens,
+    shared,
+    two_stage_codec,
+    wide,
+)
 
 F64 = torch.float64
 PAGED = WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
@@ -334,32 +343,6 @@ def test_nothing_waits_for_the_device(pads, steps, monkeypatch):
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def wide():
-    """Return a model with heads that the Triton kernels take, and its codec with many outliers."""
-    model = build("llama", hidden_size=64, head_dim=64, vocab_size=300)
-    config = dataclasses.replace(preset("decode"), window=PAGED)
-    # Of forty different tokens the first layer's keys would have a covariance of rank forty.
-    tokens = torch.randint(1, 300, (16, 96), generator=torch.Generator().manual_seed(1))
-    codec = calibrate(model, tokens, config)
-    guard = dataclasses.replace(config.guard, max_fraction=0.05)
-    layers = [
-        dataclasses.replace(
-            layer,
-            **{
-                kind: dataclasses.replace(
-                    part, guard=dataclasses.replace(part.guard, limit=torch.tensor([1e-12]))
-                )
-                for kind, part in (("keys", layer.keys), ("values", layer.values))
-            },
-        )
-        for layer in codec.layers
-    ]
-    return model, dataclasses.replace(
-        codec, config=dataclasses.replace(config, guard=guard), layers=tuple(layers)
-    )
 
 
 @pytest.mark.parametrize("pads", [(0,), (0, 60, 131)])

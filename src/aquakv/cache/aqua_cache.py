@@ -16,6 +16,7 @@ from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
+from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.step import CacheStep
 from aquakv.cache.storage import CodedPages, storage_bytes
 from aquakv.codec import ModelCodec
@@ -56,7 +57,8 @@ class AquaCache(Cache):
     backend
         What attends to codes that are kept in pages, with one new token a row: ``auto`` leaves it to kernels
         on a GPU, where all positions follow each other and no mask hides compressed tokens; ``torch``
-        computes the kernels' definitions instead, anywhere; ``triton`` and ``hopper`` insist on kernels.
+        computes the kernels' definitions instead, anywhere; ``triton`` and ``hopper`` insist on kernels. In
+        passes that reconstruct, what does so: see `Reconstructor`.
         With kernels on a GPU a step of one token takes it that the attention mask says of older tokens what
         it said when some were last compressed or several were fed.
 
@@ -245,7 +247,7 @@ class AquaCache(Cache):
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
         if not fused or exact is None:
-            self._step = CacheStep(*shared)
+            self._step = CacheStep(*shared, Reconstructor(self.codec, self._backend))
             return
         held = (self.codec, exact.tail_keys.shape[1], self._mask)
         if kernels and self._state.sees_all(self.layout, self._mask):
