@@ -60,6 +60,23 @@ def cache_of(model, codec, **changes):
     return AquaCache(model, codec, window=PAGED, **{"attention": "fused", "backend": "torch"} | changes)
 
 
+def side_by_side(model, caches, tokens, sizes, mask=None):
+    """Feed both caches; return all logits of each.
+
+    They compute in different precisions, so that a code in thousands may turn. Whatever is compressed, the
+    first cache goes on with the codes of the second.
+    """
+    mask, outputs = torch.ones_like(tokens) if mask is None else mask, []
+    for size in sizes:
+        outputs.append([go_on(model, cache, tokens, [size], mask) for cache in caches])
+        for mine, theirs in zip(*(cache._compressed for cache in caches), strict=True):
+            for ours, other in zip(mine.pages.chunks, theirs.pages.chunks, strict=True):
+                for kept, expected in zip(ours.encoded, other.encoded, strict=True):
+                    assert (kept.records == expected.records).float().mean() > 0.99
+            mine.pages = copy.deepcopy(theirs.pages)
+    return [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
+
+
 def padded(rows, columns, pads):
     tokens = random_tokens(rows, columns, seed=3)
     return tokens, torch.stack([(torch.arange(columns) >= pad).long() for pad in pads])
@@ -69,12 +86,9 @@ def padded(rows, columns, pads):
 @pytest.mark.parametrize("name", ["decode", "guarded"])
 def test_paged_is_general(kind, name, steps):
     model, codec = shared(kind, F64), codec_named(name, kind)
-    # With these tokens no code turns between a path that computes in float32 and one that does not.
     tokens, sizes = random_tokens(2, 170, seed=4), [75, 1, 1, 3, *[1] * 90]
-    logits = [
-        feed(model, cache_of(model, codec, attention=attention), tokens, sizes)
-        for attention in ("fused", "general")
-    ]
+    caches = [cache_of(model, codec, attention=attention) for attention in ("fused", "general")]
+    logits = side_by_side(model, caches, tokens, sizes)
     torch.testing.assert_close(*logits, **CLOSE)
     layers = len(codec.layers)
     assert steps == {"paged": 92 * layers, "fused": layers, "general": 93 * layers}
@@ -86,10 +100,8 @@ def test_rows_of_unequal_length(name, steps):
     model, codec, pads = shared("llama-odd", F64), codec_named(name, "llama-odd"), (0, 60, 99, 140)
     tokens, mask = padded(4, 170, pads)
     sizes = [141, *[1] * 29]
-    ours, theirs = (
-        feed(model, cache_of(model, codec, attention=attention), tokens, sizes, mask)
-        for attention in ("fused", "general")
-    )
+    caches = [cache_of(model, codec, attention=attention) for attention in ("fused", "general")]
+    ours, theirs = side_by_side(model, caches, tokens, sizes, mask)
     for row, pad in enumerate(pads):
         torch.testing.assert_close(ours[row, pad:], theirs[row, pad:], **CLOSE)
     assert steps["paged"] == 29 * len(codec.layers)
@@ -174,10 +186,8 @@ def test_a_hole_behind_the_pages_is_not_seen(steps):
     tokens, mask = padded(2, 150, (0, 9))
     mask[0, 90] = 0
     mask[1, 10] = 0  # a sink
-    ours, theirs = (
-        feed(model, cache_of(model, codec, attention=attention), tokens, [80, *[1] * 70], mask)
-        for attention in ("fused", "general")
-    )
+    caches = [cache_of(model, codec, attention=attention) for attention in ("fused", "general")]
+    ours, theirs = side_by_side(model, caches, tokens, [80, *[1] * 70], mask)
     seen = mask.bool()
     torch.testing.assert_close(ours[seen], theirs[seen], **CLOSE)
     layers = len(codec.layers)
