@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from aquakv.cache.fused import CodedView
 from aquakv.cache.paged import PagedView, PageTables, why_not_paged
 from aquakv.cache.step import CacheStep
 from aquakv.errors import ConfigError
-from aquakv.kernels import CodedAttention
+from aquakv.kernels import CodedAttention, hopper
 from tiny_models import (
     build,
     codec_for,
@@ -279,6 +280,22 @@ def test_tables_and_operands_are_made_once(monkeypatch):
     assert made == {"tables": 3, "operands": 3, "outliers": 9}
     feed(model, cache_of(model, codec), tokens[:, :72], [70, 1, 1])
     assert made == {"tables": 4, "operands": 3, "outliers": 12}
+
+
+def test_page_turns_of_hopper_kernels_count():
+    """They lie beside the rotary tables, for as long as these do."""
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    cache = cache_of(model, codec)
+    feed(model, cache, random_tokens(1, 129), [70, *[1] * 59])
+    before = cache.footprint().position_bytes
+    (tables,) = cache._state._tables.values()
+    hopper._turns[tables.rotary] = {"one": torch.zeros(128), "other": torch.zeros(1, 2, 8, 2)}
+    assert cache.footprint().position_bytes == before + 4 * (128 + 32)
+    kept = len(hopper._turns)
+    del tables
+    feed(model, cache, random_tokens(1, 2), [1, 1])  # the first of these compresses
+    gc.collect()
+    assert len(hopper._turns) == kept - 1
 
 
 def test_the_default_on_a_cpu_is_the_other_way(steps):

@@ -16,7 +16,7 @@ from aquakv.cache.step import CodesStep
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers, storage_bytes
 from aquakv.codec import EncodedPages, LayerCodec, ModelCodec
 from aquakv.config import GuardConfig
-from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes
+from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes, hopper
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.from_codec import decode_operands
 from aquakv.kernels.operands import HEAD_DIMS, MAX_RANK
@@ -229,7 +229,8 @@ class PagedState:
         return bool(self._unmasked)
 
     def footprint(self) -> int:
-        """Return the bytes of all tables."""
+        """Return the bytes of all tables, with those that kernels keep beside them."""
+        turns = [tensor for one in self._tables.values() for tensor in hopper.kept_turns(one.rotary)]
         tables = [
             tensor
             for one in self._tables.values()
@@ -238,7 +239,9 @@ class PagedState:
             if isinstance(tensor, Tensor)
         ]
         return storage_bytes(
-            *tables, *(tensor for rows in self._outliers.values() for tensor in (rows.index, rows.present))
+            *tables,
+            *turns,
+            *(tensor for rows in self._outliers.values() for tensor in (rows.index, rows.present)),
         )
 
 
