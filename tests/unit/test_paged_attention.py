@@ -212,6 +212,48 @@ def test_a_mask_that_changes_is_looked_at(steps):
     assert steps["paged"] == 9
 
 
+def hide_while_decoding(model, codec, steps, caplog, **changes):
+    """A mask comes to hide a compressed token: the next step notices, whatever the mask says by then."""
+    tokens, mask = padded(2, 150, (0, 9))
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, layers = cache_of(model, codec, **changes), len(codec.layers)
+
+    def step(mask):
+        part = slice(cache.get_seq_length(), cache.get_seq_length() + 1)
+        extra = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+        with torch.no_grad():
+            model(tokens[:, part], past_key_values=cache, **extra)
+
+    go_on(model, cache, tokens, [80, *[1] * 4], mask)
+    assert steps["paged"] == 4 * layers
+    hidden = mask.clone()
+    hidden[1, 20] = 0
+    for number, now in enumerate((hidden, mask, mask)):
+        step(now)
+        assert steps["paged"] == 5 * layers
+        assert steps["fused"] == number * layers
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    while cache.layout.coded != [128, 64]:
+        step(mask)
+    assert steps["paged"] == 5 * layers
+    step(mask)  # the mask was looked at when a block was compressed
+    assert steps["paged"] == 6 * layers
+
+
+def test_a_mask_that_changes_on_a_device_is_noticed_late(steps, caplog, monkeypatch):
+    """As on a GPU, with a mask that is not to be read at once."""
+    monkeypatch.setattr(paged.PagedState, "_tells_at_once", staticmethod(lambda mask: False))
+    hide_while_decoding(shared("llama"), codec_for("llama", "decode"), steps, caplog)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_mask_that_changes_on_a_gpu_is_noticed_late(steps, caplog):
+    model, codec = wide()
+    hide_while_decoding(copy.deepcopy(model).cuda(), codec, steps, caplog, backend="auto")
+
+
 def test_operations_on_the_cache(steps):
     model, codec = shared("llama", F64), codec_named("guarded")
     tokens, mask = padded(2, 240, (0, 75))

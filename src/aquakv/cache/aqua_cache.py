@@ -59,8 +59,9 @@ class AquaCache(Cache):
         on a GPU, where all positions follow each other and no mask hides compressed tokens; ``torch``
         computes the kernels' definitions instead, anywhere; ``triton`` and ``hopper`` insist on kernels. In
         passes that reconstruct, what does so: see `Reconstructor`.
-        With kernels on a GPU a step of one token takes it that the attention mask says of older tokens what
-        it said when some were last compressed or several were fed.
+        With kernels on a GPU a step of one token takes it that the attention mask says of compressed tokens
+        what the mask before said: one that comes to hide some is noticed at the next step (at the second if
+        the step before compressed some), with a warning.
 
     Raises
     ------
