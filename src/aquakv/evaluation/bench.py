@@ -206,6 +206,7 @@ def bench_memory(
     *,
     steps: int = 1,
     prefill_chunk: int | None = None,
+    both_paths: bool = True,
 ) -> list[Row]:
     """Measure what caches hold, and the most that prefill and decode steps take beside it.
 
@@ -220,6 +221,8 @@ def bench_memory(
         steps; with fewer steps its figures depend on whether it does so in one of them.
     prefill_chunk
         Tokens that are fed at once before the decode steps; all of them if None.
+    both_paths
+        As for `contestants`.
 
     Returns
     -------
@@ -232,7 +235,7 @@ def bench_memory(
         and both peaks also as a ratio to the exact cache's. All are None where a GPU's memory was not enough.
     """
     require_tokens(tokens, max(contexts) + steps)
-    competing = contestants(codecs)
+    competing = contestants(codecs, both_paths=both_paths)
     tick = _Ticker((1 + len(contexts)) * len(competing), report)
     chunk = prefill_chunk or max(contexts)
     # Tables that codecs make on first use, and share, are none of a cache's. The last two chunks' worth of
