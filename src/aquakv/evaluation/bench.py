@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import os
 import statistics
 import sys
@@ -392,19 +393,36 @@ def _on_cpu(model: PreTrainedModel, cache: Cache, prompt: Sequence[Tensor], rest
         with record_function(_STEPS):
             for part in rest:
                 _forward(model, cache, part)
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events: list[Any] = list(profiler.profiler.kineto_results.events())
+    events = _events(profiler)
     begin = next(event.start_ns() for event in events if event.name() == _STEPS)
     level, peaks = 0, {False: 0, True: 0}  # by whether it was in the decode steps
-    memory = [event for event in events if event.name() == "[memory]"]
-    for event in sorted(memory, key=lambda event: event.start_ns()):
-        decoding = event.start_ns() >= begin
-        if decoding:
+    for moment, after in allocated(profiler):
+        if moment >= begin:
             peaks[True] = max(peaks[True], level)
-        level += event.nbytes()
-        peaks[decoding] = max(peaks[decoding], level)
+        level = after
+        peaks[moment >= begin] = max(peaks[moment >= begin], level)
     return {**held, "prefill_peak_bytes": peaks[False], "steady_bytes": level, "peak_bytes": peaks[True]}
+
+
+def allocated(profiler: profile) -> list[tuple[int, int]]:
+    """Return the bytes that PyTorch's CPU allocator had handed out while a profiler watched memory.
+
+    Returns
+    -------
+    list of tuple
+        For every allocation and release, its time in nanoseconds and the bytes after it, beyond those from
+        before the profiler began.
+    """
+    memory = [event for event in _events(profiler) if event.name() == "[memory]"]
+    memory.sort(key=lambda event: event.start_ns())
+    levels = itertools.accumulate(event.nbytes() for event in memory)
+    return [(event.start_ns(), level) for event, level in zip(memory, levels, strict=True)]
+
+
+def _events(profiler: profile) -> list[Any]:
+    assert profiler.profiler is not None  # it has run
+    assert profiler.profiler.kineto_results is not None
+    return list(profiler.profiler.kineto_results.events())
 
 
 def _held(model: PreTrainedModel, cache: Cache) -> Row:
