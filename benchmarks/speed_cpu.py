@@ -25,6 +25,7 @@ from aquakv import AquaCache, ModelCodec, calibrate, preset
 from aquakv.calibration.walk import LayerWalk
 from aquakv.codec import History, LayerCodec, Reconstruction
 from aquakv.data import token_sequences
+from aquakv.evaluation.bench import allocated
 from aquakv.evaluation.results import write_benchmark
 from aquakv.models.adapter import adapt
 from aquakv.models.loading import LoadedModel, load_model
@@ -171,14 +172,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    held = peak = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return max((level for _, level in allocated(profiler)), default=0)
 
 
 def prefill_row(loaded: LoadedModel, tokens: torch.Tensor) -> dict[str, Any]:

@@ -81,6 +81,42 @@ def test_memory_rows(codecs):
         assert row["peak_ratio_to_exact"] == pytest.approx(row["peak_bytes"] / rows[0]["peak_bytes"])
 
 
+def test_memory_of_prefill_and_of_several_steps(codecs):
+    model, tokens = shared("llama"), random_tokens(1, 130)
+    rows = bench_memory(model, codecs, tokens, [120], steps=10, prefill_chunk=50)
+    whole = bench_memory(model, codecs, tokens, [120], steps=10)
+    for row, other in zip(rows, whole, strict=True):
+        assert (row["steps"], row["prefill_chunk"], other["prefill_chunk"]) == (10, 50, 120)
+        assert row["held_bytes"] < row["prefill_peak_bytes"]
+        assert row["held_bytes"] == other["held_bytes"]
+        assert row["steady_bytes"] < row["peak_bytes"]
+    exact, general, fused, _ = rows
+    assert exact["steady_bytes"] == 2 * 3 * 130 * 32 * 4
+    # Two tails, one full of tokens and one not, and a block of codes more.
+    for row, codec in ((general, codecs["a"]), (fused, codecs["a"])):
+        cache = AquaCache(model, codec)
+        feed(model, cache, tokens, [50, 50, 20, *[1] * 10])
+        assert row["steady_bytes"] == pytest.approx(cache.footprint().total_bytes, rel=0.02)
+        assert row["outlier_bytes"] < row["code_bytes"] < row["held_bytes"]
+
+
+def test_memory_that_is_not_enough(codecs, monkeypatch):
+    model, tokens, kind = shared("llama"), random_tokens(1, 50), DynamicCache.update
+
+    def scarce(self, *args, **kwargs):
+        out = kind(self, *args, **kwargs)
+        if out[0].shape[2] > 30:
+            raise torch.OutOfMemoryError
+        return out
+
+    monkeypatch.setattr(DynamicCache, "update", scarce)
+    rows = bench_memory(model, codecs, tokens, [20, 40])
+    assert all(row["peak_ratio_to_exact"] > 0 for row in rows[:4])
+    assert rows[4]["held_bytes"] is rows[4]["peak_bytes"] is rows[4]["peak_ratio_to_exact"] is None
+    assert rows[5]["held_bytes"] > 0
+    assert rows[5]["held_ratio_to_exact"] is None
+
+
 def test_memory_sees_what_a_step_takes(codecs, monkeypatch):
     model, tokens, forward = shared("llama"), random_tokens(1, 50), DynamicCache.update
 

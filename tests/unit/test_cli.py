@@ -12,6 +12,7 @@ from aquakv._version import __version__
 from aquakv.cli.main import main
 from aquakv.codec import ModelCodec
 from aquakv.config import PRESETS
+from aquakv.evaluation import shapes
 from tiny_models import build
 
 WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(38))]
@@ -464,10 +465,30 @@ def test_bench(place, capsys, name, extra, column):
     assert {"versions", "device", "git_sha", "model", "data"} <= set(result)
 
 
+def test_bench_memory_of_random_weights(place, capsys, monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "head_dim": 16}
+    monkeypatch.setitem(shapes.SHAPES, "llama-3.1-8b", {**shapes.SHAPES["llama-3.1-8b"], **small})
+    code, out, err = _run(
+        capsys, "bench", "memory", "shape:llama-3.1-8b", "--layers", 3, "--context", 150, "--device", "cpu",
+        "--preset", "paper", "--steps", 3, "--prefill-chunk", 100, "--json", "out.json",
+    )  # fmt: skip
+    assert (code, err) == (0, "calibrating a codec for random weights\n")
+    assert "paper, general path" in out
+    result = json.loads(Path("out.json").read_text())
+    assert result["model"] == "shape:llama-3.1-8b, 3 layers, random weights"
+    assert result["codecs"] == [{"contestant": "paper", "file": None, "preset": "paper", "sha256": None}]
+    assert [(row["steps"], row["prefill_chunk"], row["dtype"]) for row in result["rows"]] == [
+        (3, 100, "bfloat16")
+    ] * 2
+
+
 def test_bench_refuses(place, capsys):
     tiny, codec = place / "tiny", ["--codec", place / "codec"]
     _refused(capsys, "bench", "decode", tiny, *codec, "--context", 600, says="512")
     _refused(capsys, "bench", "decode", tiny, *codec, *codec, says="different names")
     _refused(capsys, "bench", "memory", tiny, says="--codec")
     _refused(capsys, "bench", "memory", tiny, "--codec", "nowhere", says="nowhere")
+    _refused(capsys, "bench", "memory", tiny, *codec, "--layers", 2, says="--layers")
+    _refused(capsys, "bench", "memory", "shape:llama-3.1-8b", *codec, says="--codec")
+    _refused(capsys, "bench", "memory", "shape:nothing", says="llama-3.1-8b")
     assert not Path("out.json").exists()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from aquakv.cache.fused import CodedView
 from aquakv.cache.paged import PagedView, PageTables, why_not_paged
 from aquakv.cache.step import CacheStep
 from aquakv.errors import ConfigError
-from aquakv.kernels import CodedAttention
+from aquakv.kernels import CodedAttention, hopper
 from tiny_models import (
     build,
     codec_for,
@@ -60,6 +61,23 @@ def cache_of(model, codec, **changes):
     return AquaCache(model, codec, window=PAGED, **{"attention": "fused", "backend": "torch"} | changes)
 
 
+def side_by_side(model, caches, tokens, sizes, mask=None):
+    """Feed both caches; return all logits of each.
+
+    They compute in different precisions, so that a code in thousands may turn. Whatever is compressed, the
+    first cache goes on with the codes of the second.
+    """
+    mask, outputs = torch.ones_like(tokens) if mask is None else mask, []
+    for size in sizes:
+        outputs.append([go_on(model, cache, tokens, [size], mask) for cache in caches])
+        for mine, theirs in zip(*(cache._compressed for cache in caches), strict=True):
+            for ours, other in zip(mine.pages.chunks, theirs.pages.chunks, strict=True):
+                for kept, expected in zip(ours.encoded, other.encoded, strict=True):
+                    assert (kept.records == expected.records).float().mean() > 0.99
+            mine.pages = copy.deepcopy(theirs.pages)
+    return [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
+
+
 def padded(rows, columns, pads):
     tokens = random_tokens(rows, columns, seed=3)
     return tokens, torch.stack([(torch.arange(columns) >= pad).long() for pad in pads])
@@ -69,12 +87,9 @@ def padded(rows, columns, pads):
 @pytest.mark.parametrize("name", ["decode", "guarded"])
 def test_paged_is_general(kind, name, steps):
     model, codec = shared(kind, F64), codec_named(name, kind)
-    # With these tokens no code turns between a path that computes in float32 and one that does not.
     tokens, sizes = random_tokens(2, 170, seed=4), [75, 1, 1, 3, *[1] * 90]
-    logits = [
-        feed(model, cache_of(model, codec, attention=attention), tokens, sizes)
-        for attention in ("fused", "general")
-    ]
+    caches = [cache_of(model, codec, attention=attention) for attention in ("fused", "general")]
+    logits = side_by_side(model, caches, tokens, sizes)
     torch.testing.assert_close(*logits, **CLOSE)
     layers = len(codec.layers)
     assert steps == {"paged": 92 * layers, "fused": layers, "general": 93 * layers}
@@ -86,10 +101,8 @@ def test_rows_of_unequal_length(name, steps):
     model, codec, pads = shared("llama-odd", F64), codec_named(name, "llama-odd"), (0, 60, 99, 140)
     tokens, mask = padded(4, 170, pads)
     sizes = [141, *[1] * 29]
-    ours, theirs = (
-        feed(model, cache_of(model, codec, attention=attention), tokens, sizes, mask)
-        for attention in ("fused", "general")
-    )
+    caches = [cache_of(model, codec, attention=attention) for attention in ("fused", "general")]
+    ours, theirs = side_by_side(model, caches, tokens, sizes, mask)
     for row, pad in enumerate(pads):
         torch.testing.assert_close(ours[row, pad:], theirs[row, pad:], **CLOSE)
     assert steps["paged"] == 29 * len(codec.layers)
@@ -174,10 +187,8 @@ def test_a_hole_behind_the_pages_is_not_seen(steps):
     tokens, mask = padded(2, 150, (0, 9))
     mask[0, 90] = 0
     mask[1, 10] = 0  # a sink
-    ours, theirs = (
-        feed(model, cache_of(model, codec, attention=attention), tokens, [80, *[1] * 70], mask)
-        for attention in ("fused", "general")
-    )
+    caches = [cache_of(model, codec, attention=attention) for attention in ("fused", "general")]
+    ours, theirs = side_by_side(model, caches, tokens, [80, *[1] * 70], mask)
     seen = mask.bool()
     torch.testing.assert_close(ours[seen], theirs[seen], **CLOSE)
     layers = len(codec.layers)
@@ -199,6 +210,48 @@ def test_a_mask_that_changes_is_looked_at(steps):
         assert steps["paged"] == 6
         model(tokens[:, 81:82], past_key_values=cache)
     assert steps["paged"] == 9
+
+
+def hide_while_decoding(model, codec, steps, caplog, **changes):
+    """A mask comes to hide a compressed token: the next step notices, whatever the mask says by then."""
+    tokens, mask = padded(2, 150, (0, 9))
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, layers = cache_of(model, codec, **changes), len(codec.layers)
+
+    def step(mask):
+        part = slice(cache.get_seq_length(), cache.get_seq_length() + 1)
+        extra = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+        with torch.no_grad():
+            model(tokens[:, part], past_key_values=cache, **extra)
+
+    go_on(model, cache, tokens, [80, *[1] * 4], mask)
+    assert steps["paged"] == 4 * layers
+    hidden = mask.clone()
+    hidden[1, 20] = 0
+    for number, now in enumerate((hidden, mask, mask)):
+        step(now)
+        assert steps["paged"] == 5 * layers
+        assert steps["fused"] == number * layers
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    while cache.layout.coded != [128, 64]:
+        step(mask)
+    assert steps["paged"] == 5 * layers
+    step(mask)  # the mask was looked at when a block was compressed
+    assert steps["paged"] == 6 * layers
+
+
+def test_a_mask_that_changes_on_a_device_is_noticed_late(steps, caplog, monkeypatch):
+    """As on a GPU, with a mask that is not to be read at once."""
+    monkeypatch.setattr(paged.PagedState, "_tells_at_once", staticmethod(lambda mask: False))
+    hide_while_decoding(shared("llama"), codec_for("llama", "decode"), steps, caplog)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_mask_that_changes_on_a_gpu_is_noticed_late(steps, caplog):
+    model, codec = wide()
+    hide_while_decoding(copy.deepcopy(model).cuda(), codec, steps, caplog, backend="auto")
 
 
 def test_operations_on_the_cache(steps):
@@ -269,6 +322,22 @@ def test_tables_and_operands_are_made_once(monkeypatch):
     assert made == {"tables": 3, "operands": 3, "outliers": 9}
     feed(model, cache_of(model, codec), tokens[:, :72], [70, 1, 1])
     assert made == {"tables": 4, "operands": 3, "outliers": 12}
+
+
+def test_page_turns_of_hopper_kernels_count():
+    """They lie beside the rotary tables, for as long as these do."""
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    cache = cache_of(model, codec)
+    feed(model, cache, random_tokens(1, 129), [70, *[1] * 59])
+    before = cache.footprint().position_bytes
+    (tables,) = cache._state._tables.values()
+    hopper._turns[tables.rotary] = {"one": torch.zeros(128), "other": torch.zeros(1, 2, 8, 2)}
+    assert cache.footprint().position_bytes == before + 4 * (128 + 32)
+    kept = len(hopper._turns)
+    del tables
+    feed(model, cache, random_tokens(1, 2), [1, 1])  # the first of these compresses
+    gc.collect()
+    assert len(hopper._turns) == kept - 1
 
 
 def test_the_default_on_a_cpu_is_the_other_way(steps):

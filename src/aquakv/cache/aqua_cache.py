@@ -17,6 +17,7 @@ from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
+from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.step import CacheStep
 from aquakv.cache.storage import CodedPages, storage_bytes
 from aquakv.codec import ModelCodec
@@ -74,9 +75,10 @@ class AquaCache(Cache):
         ``auto`` leaves both to kernels on a GPU (attention only where all positions follow each other and no
         mask hides compressed tokens); ``torch`` computes the kernels' definitions instead, anywhere;
         ``triton`` and ``hopper`` insist on kernels. Heads of other sizes than 64, 128 and 256 are encoded by
-        the codec itself.
-        With kernels on a GPU a step of one token takes it that the attention mask says of older tokens what
-        it said when some were last compressed or several were fed.
+        the codec itself. In passes that reconstruct, what does so: see `Reconstructor`.
+        With kernels on a GPU a step of one token takes it that the attention mask says of compressed tokens
+        what the mask before said: one that comes to hide some is noticed at the next step (at the second if
+        the step before compressed some), with a warning. Steps that a graph repeats do not look at it.
 
     Raises
     ------
@@ -281,7 +283,7 @@ class AquaCache(Cache):
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
         if not fused or exact is None:
-            step = CacheStep(*shared)
+            step = CacheStep(*shared, Reconstructor(self.codec, self._backend))
         elif kernels and self._state.sees_all(self.layout, self._mask):
             step = self._paged_step(before, self._mask)
         else:

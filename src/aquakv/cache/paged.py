@@ -7,6 +7,7 @@ the host knows only the number of columns changes from step to step; the device 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,15 @@ from aquakv.cache.step import CodesStep
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers, storage_bytes
 from aquakv.codec import EncodedPages, LayerCodec, ModelCodec
 from aquakv.config import GuardConfig
-from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes
+from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes, hopper
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.exact import HeldTokens, attend_exact
 from aquakv.kernels.from_codec import decode_operands
 from aquakv.kernels.operands import HEAD_DIMS, MAX_RANK
 from aquakv.models.adapter import ModelAdapter
 from aquakv.numerics.pages import PAGE_TOKENS
+
+_log = logging.getLogger(__name__)
 
 
 def why_not_paged(codec: ModelCodec, block_tokens: int) -> str | None:
@@ -203,6 +206,31 @@ class ExactPlaces:
         return self.columns - (self.first_column + 1)
 
 
+class LateAnswer:
+    """A truth that a device works out, read later: by then the host hardly has to wait for it.
+
+    Parameters
+    ----------
+    value
+        One bool, on any device.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+        self._known: torch.cuda.Event | None = None
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._known = torch.cuda.Event()
+            self._known.record(torch.cuda.current_stream(value.device))
+
+    def get(self) -> bool:
+        """Return it; waits for what the device had to do before it, and no more."""
+        if self._known is not None:
+            self._known.synchronize()
+        return bool(self._value)
+
+
 class PagedState:
     """What a cache keeps for kernels between steps, made anew when its pages or rows have changed."""
 
@@ -212,6 +240,7 @@ class PagedState:
         self._tables: dict[torch.device, PageTables] = {}
         self._outliers: dict[int, OutlierRows] = {}
         self._unmasked: bool | None = None
+        self._last_mask_saw_all: LateAnswer | None = None
         self._columns: dict[torch.device, Tensor] = {}
 
     def columns_on(self, device: torch.device, columns: int) -> Tensor:
@@ -250,7 +279,7 @@ class PagedState:
 
     def look_at(self, layout: TokenLayout, mask: Tensor | None) -> None:
         """Find out whether a mask hides compressed tokens, which may take a wait for the device."""
-        self._unmasked = None
+        self._unmasked = self._last_mask_saw_all = None
         if mask is None or mask.shape[1] < layout.columns:
             return
         index = layout.page_columns(layout.pages, mask.device)
@@ -258,19 +287,36 @@ class PagedState:
         self._unmasked = bool(real[index].all())
 
     def sees_all(self, layout: TokenLayout, mask: Tensor | None) -> bool:
-        """Tell whether all compressed tokens are seen, without waiting for a device.
+        """Tell whether all compressed tokens are seen, without waiting for what a device has yet to do.
 
-        On a GPU a mask says of compressed tokens what the mask said that was looked at last.
+        On a GPU a mask says of compressed tokens what the last one said, which was looked at then or, if not,
+        was left to the device: so a mask that comes to hide some is noticed one step late.
         """
         if mask is None:
-            self._unmasked = None
+            self._unmasked = self._last_mask_saw_all = None
             return True
-        if mask.device.type == "cpu" or self._unmasked is None:
+        if self._unmasked is None or self._tells_at_once(mask):
             self.look_at(layout, mask)
+        elif self._last_mask_saw_all is not None and not self._last_mask_saw_all.get():
+            self._unmasked = False
+            _log.warning("an attention mask came to hide compressed tokens; the step before attended to them")
+        self._last_mask_saw_all = None
+        tables = self._tables.get(mask.device) if self._version == layout.version else None
+        if self._unmasked and tables is not None and not self._tells_at_once(mask):
+            column = torch.arange(layout.columns, device=mask.device)
+            first = tables.starts + layout.window.sink_tokens
+            coded = (column >= first) & (column < first + tables.coded)
+            self._last_mask_saw_all = LateAnswer((mask[:, : layout.columns].ne(0) | ~coded).all())
         return bool(self._unmasked)
 
+    @staticmethod
+    def _tells_at_once(mask: Tensor) -> bool:
+        """Tell whether the host can read a mask without waiting."""
+        return mask.device.type == "cpu"
+
     def footprint(self) -> int:
-        """Return the bytes of all tables."""
+        """Return the bytes of all tables, with those that kernels keep beside them."""
+        turns = [tensor for one in self._tables.values() for tensor in hopper.kept_turns(one.rotary)]
         tables = [
             tensor
             for one in self._tables.values()
@@ -281,6 +327,7 @@ class PagedState:
         return storage_bytes(
             *tables,
             *self._columns.values(),
+            *turns,
             *(tensor for rows in self._outliers.values() for tensor in (rows.index, rows.present)),
         )
 

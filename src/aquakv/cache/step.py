@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
+from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
 from aquakv.codec import History, LayerCodec, ModelCodec
 from aquakv.codec.guard import choose_outliers
@@ -102,6 +103,8 @@ class CacheStep:
         How many outliers a block may have.
     columns_before
         Columns held before this pass.
+    reconstructor
+        What reconstructs layers, in passes that do.
 
     Attributes
     ----------
@@ -113,9 +116,15 @@ class CacheStep:
     columns_are_own = False
 
     def __init__(
-        self, adapter: ModelAdapter, layout: TokenLayout, guard: GuardConfig, columns_before: int
+        self,
+        adapter: ModelAdapter,
+        layout: TokenLayout,
+        guard: GuardConfig,
+        columns_before: int,
+        reconstructor: Reconstructor | None = None,
     ) -> None:
         self.next_layer = 0
+        self._reconstructor = reconstructor
         self._guard = guard
         self.adapter = adapter
         self.layout = layout
@@ -165,9 +174,12 @@ class CacheStep:
     ) -> None:
         """Write the older tokens, as their codes give them, to their columns."""
         chunk = pages.all()
-        codes = codec.unseal(chunk.encoded, pages.block_tokens)
         history = self.coded.history(keys.device)
-        hat = codec.reconstruct(codes, history, reconstruction_dtype(keys))
+        like = keys.new_empty(0, dtype=reconstruction_dtype(keys))
+        assert self._reconstructor is not None  # given to passes that come here
+        hat = self._reconstructor.reconstruct(
+            self.next_layer, chunk.encoded, pages.block_tokens, history, like
+        )
         tables = self.coded.tables(self.adapter, layer_idx, keys)
         key_hat = (hat.keys + codec.keys.mean).view(-1, *keys.shape[2:])
         self.coded.place(keys, rotate(key_hat, tables))

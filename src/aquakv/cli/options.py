@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from transformers import PreTrainedModel
 
 from aquakv.errors import ConfigError
 from aquakv.evaluation.quality import Quality
@@ -65,6 +66,13 @@ class _Counter(Protocol):
     def total(self) -> int: ...
 
 
+class _NamedModel(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+
 def load(model: str, dtype: Dtype, device: str) -> LoadedModel:
     """Load a model, saying what takes long."""
     if model == DEMO:
@@ -72,12 +80,17 @@ def load(model: str, dtype: Dtype, device: str) -> LoadedModel:
     return load_model(model, dtype.value, device)
 
 
-def require_length(seq_len: int, loaded: LoadedModel) -> None:
+def longest(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that a model takes, if it says so."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def require_length(seq_len: int, loaded: _NamedModel) -> None:
     """Raise before anything is tokenised if sequences are longer than the model takes."""
-    longest = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
+    most = longest(loaded.model)
+    if most is not None and seq_len > most:
         raise ConfigError(
-            f"{seq_len} tokens are more than {loaded.name}'s maximum of {longest}; give {longest} or less"
+            f"{seq_len} tokens are more than {loaded.name}'s maximum of {most}; give {most} or less"
         )
 
 

@@ -6,7 +6,9 @@ codec allows it, the fused path (attend to codes).
 
 from __future__ import annotations
 
+import gc
 import inspect
+import itertools
 import os
 import statistics
 import sys
@@ -202,45 +204,62 @@ def bench_memory(
     tokens: Tensor,
     contexts: Sequence[int],
     report: Report | None = None,
+    *,
+    steps: int = 1,
+    prefill_chunk: int | None = None,
+    both_paths: bool = True,
 ) -> list[Row]:
-    """Measure what caches hold, and the most that a decode step takes beside it.
+    """Measure what caches hold, and the most that prefill and decode steps take beside it.
 
     Parameters
     ----------
     model, codecs, contexts, report
         As for `bench_decode`.
     tokens
-        ``[rows, tokens]`` int64, at least one more than the longest context.
+        ``[rows, tokens]`` int64, at least ``steps`` more than the longest context.
+    steps
+        Decode steps behind every context. A compressed cache compresses a block once in ``block_tokens``
+        steps; with fewer steps its figures depend on whether it does so in one of them.
+    prefill_chunk
+        Tokens that are fed at once before the decode steps; all of them if None.
+    both_paths
+        As for `contestants`.
 
     Returns
     -------
     list of dict
-        A row for every context and contestant: ``held_bytes`` in the cache's tensors; ``peak_bytes``, the
-        most that the allocator had handed out during one decode step, the cache included and the model's
-        weights not; both as a ratio to the exact cache's; and, of compressed caches, ``code_bytes``.
+        A row for every context and contestant, in bytes: ``held_bytes`` in the cache's tensors after prefill,
+        and of compressed caches ``code_bytes``, those of the compressed region, of them ``outlier_bytes`` for
+        tokens that are exact nevertheless. As the allocator has it, beyond what it had handed out before
+        (weights, and what codecs make once for all caches): ``prefill_peak_bytes``, the most during prefill;
+        ``peak_bytes``, the most during decode steps; ``steady_bytes``, what is left after them. Held bytes
+        and both peaks also as a ratio to the exact cache's. All are None where a GPU's memory was not enough.
     """
-    require_tokens(tokens, max(contexts) + 1)
-    competing = contestants(codecs)
+    require_tokens(tokens, max(contexts) + steps)
+    competing = contestants(codecs, both_paths=both_paths)
     tick = _Ticker((1 + len(contexts)) * len(competing), report)
-    for one in competing:  # tables that codecs make on first use, and share, are none of a cache's
-        _fill_and_step(model, one.build(model), tokens[:, : max(contexts) + 1])
+    chunk = prefill_chunk or max(contexts)
+    # Tables that codecs make on first use, and share, are none of a cache's. The last two chunks' worth of
+    # tokens are fed in two goes, so that the second one finds compressed tokens.
+    longest = min(max(contexts), 2 * chunk)
+    for one in competing:
+        _fill_and_step(model, one, tokens[:, :longest], -(-longest // 2), 1)
         tick()
     rows: list[Row] = []
     for context in contexts:
         exact: Row | None = None
         for one in competing:
-            cache = one.build(model)
-            held, coded, peak = _fill_and_step(model, cache, tokens[:, : context + 1])
+            figures = _fill_and_step(model, one, tokens[:, : context + steps], chunk, steps)
             row: Row = {
                 **_setting(model, tokens, context, one.name, "memory"),
-                "held_bytes": held,
-                "peak_bytes": peak,
-                "code_bytes": coded,
-                "bits_per_value": _bits(model, cache),
+                "steps": steps,
+                "prefill_chunk": min(chunk, context),
+                **figures,
             }
             exact = exact or row
-            row["held_ratio_to_exact"] = held / exact["held_bytes"]
-            row["peak_ratio_to_exact"] = peak / exact["peak_bytes"]
+            for kind in ("held", "prefill_peak", "peak"):
+                ours, theirs = row[f"{kind}_bytes"], exact[f"{kind}_bytes"]
+                row[f"{kind}_ratio_to_exact"] = None if None in (ours, theirs) else ours / theirs
             rows.append(row)
             tick()
     return rows
@@ -319,48 +338,105 @@ def _quantiles(times: list[float], exact: list[float]) -> dict[str, float]:
     }
 
 
-def _fill_and_step(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> tuple[int, int | None, int]:
-    """Feed all tokens but the last, then that one; return bytes held before it, those of codes, and the peak.
+def _fill_and_step(
+    model: PreTrainedModel, contestant: Contestant, tokens: Tensor, chunk: int, steps: int
+) -> Row:
+    """Feed all tokens but the last ``steps`` in chunks, then those one by one; return what was measured."""
+    prompt, rest = tokens[:, :-steps], tokens[:, -steps:]
+    gc.collect()  # caches are parts of cycles
+    measure = _on_gpu if model.device.type == "cuda" else _on_cpu
+    try:
+        return measure(model, contestant.build(model), prompt.split(chunk, 1), rest.split(1, 1))
+    except torch.OutOfMemoryError:
+        return dict.fromkeys(_FIGURES)
 
-    The peak is the most that the allocator had handed out during the last token's pass, beyond what it had
-    before anything was fed.
-    """
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-        before = torch.cuda.memory_allocated(model.device)
-        _forward(model, cache, tokens[:, :-1])
-        held = _held_and_coded(cache)
-        torch.cuda.synchronize(model.device)
-        torch.cuda.reset_peak_memory_stats(model.device)
-        _forward(model, cache, tokens[:, -1:])
-        torch.cuda.synchronize(model.device)
-        return *held, torch.cuda.max_memory_allocated(model.device) - before
+
+#: What `bench_memory` measures.
+_FIGURES = (
+    "held_bytes",
+    "code_bytes",
+    "outlier_bytes",
+    "bits_per_value",
+    "prefill_peak_bytes",
+    "steady_bytes",
+    "peak_bytes",
+)
+
+
+def _on_gpu(model: PreTrainedModel, cache: Cache, prompt: Sequence[Tensor], rest: Sequence[Tensor]) -> Row:
+    device = model.device
+
+    def peak_of(parts: Sequence[Tensor]) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        for part in parts:
+            _forward(model, cache, part)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    prefill_peak = peak_of(prompt)
+    held = _held(model, cache)
+    peak = peak_of(rest)
+    steady = torch.cuda.memory_allocated(device) - before
+    return {**held, "prefill_peak_bytes": prefill_peak, "steady_bytes": steady, "peak_bytes": peak}
+
+
+def _on_cpu(model: PreTrainedModel, cache: Cache, prompt: Sequence[Tensor], rest: Sequence[Tensor]) -> Row:
     with (
         _quiet_stderr(),  # the profiler talks
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        _forward(model, cache, tokens[:, :-1])
-        held = _held_and_coded(cache)
-        with record_function(_LAST_STEP):
-            _forward(model, cache, tokens[:, -1:])
-    assert profiler.profiler is not None
+        for part in prompt:
+            _forward(model, cache, part)
+        held = _held(model, cache)
+        with record_function(_STEPS):
+            for part in rest:
+                _forward(model, cache, part)
+    events = _events(profiler)
+    begin = next(event.start_ns() for event in events if event.name() == _STEPS)
+    level, peaks = 0, {False: 0, True: 0}  # by whether it was in the decode steps
+    for moment, after in allocated(profiler):
+        if moment >= begin:
+            peaks[True] = max(peaks[True], level)
+        level = after
+        peaks[moment >= begin] = max(peaks[moment >= begin], level)
+    return {**held, "prefill_peak_bytes": peaks[False], "steady_bytes": level, "peak_bytes": peaks[True]}
+
+
+def allocated(profiler: profile) -> list[tuple[int, int]]:
+    """Return the bytes that PyTorch's CPU allocator had handed out while a profiler watched memory.
+
+    Returns
+    -------
+    list of tuple
+        For every allocation and release, its time in nanoseconds and the bytes after it, beyond those from
+        before the profiler began.
+    """
+    memory = [event for event in _events(profiler) if event.name() == "[memory]"]
+    memory.sort(key=lambda event: event.start_ns())
+    levels = itertools.accumulate(event.nbytes() for event in memory)
+    return [(event.start_ns(), level) for event, level in zip(memory, levels, strict=True)]
+
+
+def _events(profiler: profile) -> list[Any]:
+    assert profiler.profiler is not None  # it has run
     assert profiler.profiler.kineto_results is not None
-    events: list[Any] = list(profiler.profiler.kineto_results.events())
-    begin = next(event.start_ns() for event in events if event.name() == _LAST_STEP)
-    level = peak = 0
-    memory = [event for event in events if event.name() == "[memory]"]
-    for event in sorted(memory, key=lambda event: event.start_ns()):
-        if event.start_ns() >= begin:
-            peak = max(peak, level)
-        level += event.nbytes()
-    return *held, max(peak, level)
+    return list(profiler.profiler.kineto_results.events())
 
 
-def _held_and_coded(cache: Cache) -> tuple[int, int | None]:
-    return held_bytes(cache), cache.footprint().coded_bytes if isinstance(cache, AquaCache) else None
+def _held(model: PreTrainedModel, cache: Cache) -> Row:
+    """Return what a cache says of itself."""
+    footprint = cache.footprint() if isinstance(cache, AquaCache) else None
+    return {
+        "held_bytes": held_bytes(cache),
+        "code_bytes": None if footprint is None else footprint.coded_bytes,
+        "outlier_bytes": None if footprint is None else footprint.outlier_bytes,
+        "bits_per_value": _bits(model, cache),
+    }
 
 
-_LAST_STEP = "aquakv_last_step"
+_STEPS = "aquakv_decode_steps"
 
 
 @contextmanager

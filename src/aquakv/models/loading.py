@@ -79,7 +79,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ModelError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}; choose one of them")
-    place = _resolve_device(device)
+    place = resolve_device(device)
     path = _resolve_model(model)
     with _quiet():
         config = _load_config(model, path)
@@ -91,7 +91,8 @@ def load_model(
     return LoadedModel(loaded, tokenizer, model, path)
 
 
-def _resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """Return a device from its name, ``auto`` included; raises `ModelError` as `load_model` does."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

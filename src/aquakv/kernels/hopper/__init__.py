@@ -91,6 +91,11 @@ def attend(
     return out, lse, following
 
 
+def kept_turns(rotary: PageRotary) -> tuple[Tensor, ...]:
+    """Return the pages' turns that are kept with rotary tables of pages, half a kilobyte a page."""
+    return tuple(_turns.get(rotary, {}).values())
+
+
 def _page_turns(arranged: HopperOperands, rotary: PageRotary) -> Tensor:
     """Return the pages' turns, shared by all layers with the same pairs and kept with the tables."""
     shared = _turns.setdefault(rotary, {})

@@ -69,7 +69,7 @@ def reconstruct(
     ShapeError
         A tensor does not fit the operands.
     ConfigError
-        The backend cannot run here.
+        The backend cannot run here, or Triton does not take the operands.
     """
     chosen = resolve_backend(backend, key_pages)
     pages = key_pages.shape[0]
@@ -85,6 +85,7 @@ def reconstruct(
         check_tensor("reconstruct: latents", latents, (pages * PAGE_TOKENS, width), wanted)
     if chosen == "torch":
         return Reconstructed(*reference.reconstruct(key_pages, value_pages, latents, operands, centred))
+    operands.require_triton()
     from aquakv.kernels.reconstruct import triton
 
     return Reconstructed(*triton.reconstruct(key_pages, value_pages, latents, operands, centred))

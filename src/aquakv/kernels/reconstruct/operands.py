@@ -135,8 +135,6 @@ class ReconstructOperands:
         """
         heads, head_dim = key_layout.num_groups, key_synthesis.shape[1]
         width = heads * head_dim
-        if head_dim not in HEAD_DIMS:
-            raise ConfigError(f"reconstruct operands: expected head_dim {HEAD_DIMS}, got {head_dim}")
         if dtype not in DTYPES:
             raise ConfigError(f"reconstruct operands: expected float16, bfloat16 or float32, got {dtype}")
         rank = 0 if latent_map is None else latent_map.shape[0]
@@ -204,6 +202,13 @@ class ReconstructOperands:
     def predicts_values(self) -> bool:
         """Whether values are predicted from keys."""
         return len(self.value_synthesis) > len(self.values.slots)
+
+    def require_triton(self) -> None:
+        """Raise `ConfigError` if the Triton kernels do not take such operands."""
+        if self.head_dim not in HEAD_DIMS:
+            raise ConfigError(
+                f"backend triton: expected head_dim {HEAD_DIMS}, got {self.head_dim}; choose torch or auto"
+            )
 
     def to(self, device: torch.device | str) -> ReconstructOperands:
         """Return the operands on another device."""
