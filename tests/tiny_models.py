@@ -154,9 +154,12 @@ def two_stage_codec(kind="llama", first=5):
 
 
 @functools.cache
-def wide():
-    """Return a model with heads that the Triton kernels take, and its codec with many outliers."""
-    model = build("llama", hidden_size=64, head_dim=64, vocab_size=300)
+def wide(hidden_size=64):
+    """Return a model with heads that the Triton kernels take, and its codec with many outliers.
+
+    With so few hidden numbers values follow from keys but for residuals of rounding.
+    """
+    model = build("llama", hidden_size=hidden_size, head_dim=64, vocab_size=300)
     config = dataclasses.replace(
         preset("decode"), window=WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
     )

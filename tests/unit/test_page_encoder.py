@@ -139,14 +139,15 @@ def test_who_is_encoded_for_by_the_codec():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pads", [(0,), (0, 60, 131)])
 def test_kernels_encode_in_the_cache(pads, dtype, encoders, monkeypatch):
-    """With float16 operands a few codes in a thousand move, after three layers that follow each other."""
-    plain, codec = wide()
+    """The cache holds what the definition gives with the kernels' float16 operands, but for ties."""
+    plain, codec = wide(256)
     model = copy.deepcopy(plain).to("cuda", dtype)
     tokens, mask = (tensor.cuda() for tensor in padded(270, pads))
     ours, theirs = (cache_of(model, codec, backend="auto") for _ in range(2))
     found = feed(model, ours, tokens, [270], mask)
     assert encoders == [0, 1, 2]
-    monkeypatch.setattr(PageEncoder, "of", lambda *_: None)
+    definition = [PageEncoder(codec, "torch", torch.float16) for _ in range(2)]
+    monkeypatch.setattr(PageEncoder, "of", lambda *_: definition.pop())
     expected = feed(model, theirs, tokens, [270], mask)
     assert torch.equal(found, expected)  # a pass attends to its own tokens exactly
     codes, scales, attended = differing(ours, theirs)

@@ -138,12 +138,6 @@ DEVICE void keep(u32 (&registers)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
 }
-// A warp's own product of 16 rows by 8 columns, 16 deep; fragments of the left operand as those above.
-DEVICE void mma_8(float (&sum)[4], const u32 (&left)[4], u32 right, u32 deeper) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right), "r"(deeper));
-}
 DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {

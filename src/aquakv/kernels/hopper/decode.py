@@ -19,7 +19,7 @@ MAX_BLOCK_BYTES = 227 * 1024
 _SCORE_TEAMS = 3  # warpgroups of a block of scores
 _FIELD_BYTES = 32
 _CHUNK_BYTES = 96
-_MAX_LATENT_STAGES, _MAX_SUM_STAGES = 8, 6
+_LATENT_TEAMS, _MAX_LATENT_STAGES, _MAX_SUM_STAGES = 4, 8, 6
 _LOG2_E = 1.4426950408889634
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
@@ -131,6 +131,8 @@ def next_latents(
     record = key_pages.shape[1]
     fixed = latent_shared_bytes(operands) - record
     stages = min(_MAX_LATENT_STAGES, (MAX_BLOCK_BYTES - fixed) // (record + 8))
+    teams = min(_LATENT_TEAMS, stages)
+    stages -= stages % teams
     out = torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
     run = kernel(
         "next_latents",
@@ -159,6 +161,7 @@ def next_latents(
             plain.keys.chunks,
             operands.general_chunks,
             stages,
+            teams,
         ],
         dependent=True,
     )

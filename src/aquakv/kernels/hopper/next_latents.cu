@@ -2,7 +2,9 @@
 // transition. Four warpgroups (teams) of a block share the matrices in shared memory and take pages of 64 tokens in
 // turn.
 //
-// Pages' records come through a ring of stages, copied ahead by the team that has left a stage. The latent is
+// Pages' records come through stages, each of which belongs to one team: it waits for every filling of it, in order
+// (a barrier tells a filling from the one before only), and has the next page copied when it has left a stage. Where
+// there are fewer stages than teams, the other teams do nothing. The latent is
 // multiplied first and divided by the token's scale, so that the products of the codes follow each other: those of a
 // chunk run while the next chunk is unpacked. In chunks past the first `general` ones, fields 0 and 1 share a plane,
 // and so do 2 and 3; their levels are equally spaced and used without centres, which `constants` make good.
@@ -32,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) next_latents_kernel(
     const float* __restrict__ constants,  // [2, WIDTH]: sums of the codes that are level 0, offset
     const Field* __restrict__ fields,     // [chunks * 4]
     u8* __restrict__ following,           // half [rows, num_pages * 64, WIDTH]
-    int record_bytes, int num_pages, int total_pages, int chunks, int general, int stages) {
+    int record_bytes, int num_pages, int total_pages, int chunks, int general, int stages, int teams) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 base = shared_address(shared);
     const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, team = threadIdx.x >> 7;
@@ -94,8 +96,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) next_latents_kernel(
                 latent[k][2 + j] = v.y;
             }
     };
-    const int step = gridDim.x * TEAMS;
-    int index = blockIdx.x + team * gridDim.x, stage = team, parity = 0;
+    const int step = gridDim.x * teams;
+    int index = team < teams ? int(blockIdx.x + team * gridDim.x) : total_pages, stage = team, parity = 0;
     int length = 0;
     if (index < total_pages) {
         length = __ldg(lengths + index / num_pages);
@@ -104,8 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) next_latents_kernel(
     bool arrived = false;
     float sum[WIDTH / 2];
     u32 codes[2][4][4];
-    for (; index < total_pages; index += step, stage += TEAMS) {
-        while (stage >= stages) stage -= stages, parity ^= 1;
+    for (; index < total_pages; index += step, stage += teams) {
+        if (stage >= stages) stage -= stages, parity ^= 1;  // a multiple of `teams`
         const bool used = index % num_pages * 64 < length;
         // What comes into this stage next; asked for now, needed when the page has been read.
         const int later = index + stages * gridDim.x;
