@@ -14,7 +14,8 @@
 //
 // Compile-time numbers: KV_HEADS, GROUP (query heads of a KV head, at most 4), DIM, FAST, SLOW (padded to 16),
 // FIELDS and PLANES (of a head, at most), CUBIC (the first fields, which alone may have cubic levels), EXACT (the
-// first fields, which alone may need their codes before they are centred), RANK, TEAMS (warpgroups), QUERY (0 float32, 1 float16, 2 bfloat16), SOFTCAP.
+// first fields, which alone may need their codes before they are centred), RANK (0 or a power of two), TEAMS
+// (warpgroups), QUERY (0 float32, 1 float16, 2 bfloat16), SOFTCAP.
 
 constexpr int CODE_STEPS = FIELDS;             // products of 16 slots each
 constexpr int LATENT_STEPS = RANK / 16;
