@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError
-from aquakv.kernels.hopper.order import latent_order, sum_order
+from aquakv.kernels.hopper.order import cubic_tiles, latent_order, sum_order
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
@@ -44,9 +44,11 @@ class HopperOperands:
     score_offsets, pair_order, pair_index, pair_angles, offset_turns
         Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair
         is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
-    score_fields, sum_fields
-        ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values in the order of
-        `sum_order`.
+    score_fields
+        ``[kv_heads, fields, 8]`` int32: ``Field`` of common.cuh.
+    sum_fields, cubic_tiles
+        ``[fields, 8]`` int32: ``Bits`` of common.cuh, of keys and values in the order of `sum_order`; and how
+        many of a team's first tiles have unequally spaced levels.
     score_planes
         ``[kv_heads, planes]`` int32: where the planes with a head's codes are in a record, -1 past the last;
         offsets of `score_fields` count from the first.
@@ -76,6 +78,7 @@ class HopperOperands:
     offset_turns: Tensor
     score_fields: Tensor
     sum_fields: Tensor
+    cubic_tiles: int
     score_planes: Tensor
     field_order: list[list[int]]
     cubic_fields: int
@@ -165,7 +168,7 @@ class HopperOperands:
         ]
         most_planes = max(1, *map(len, own_planes))
         orders = [sum_order(t.fields) for t in tables]
-        sums = [_describe(t, t.fields, len(o))[o] for t, o in zip(tables, orders, strict=True)]
+        sums = [_describe_bits(t, len(o))[o] for t, o in zip(tables, orders, strict=True)]
         summed = [
             _field_slots(o, device) + 4 * n * FIELD_COLUMNS
             for o, n in zip(orders, (0, plain.keys.chunks), strict=True)
@@ -194,6 +197,7 @@ class HopperOperands:
             turns.to(device),
             torch.stack(by_head).to(device),
             torch.cat(sums).to(device),
+            max(cubic_tiles(t.fields, o) for t, o in zip(tables, orders, strict=True)),
             torch.tensor(
                 [
                     [plane * PLANE_BYTES for plane in planes] + [-1] * (most_planes - len(planes))
@@ -307,7 +311,7 @@ def _describe(
     planes: Sequence[int] | None = None,
     exact: int | None = None,
 ) -> Tensor:
-    """Return ``[count, 8]`` int32 descriptions, zero (all codes 0) past the fields.
+    """Return ``[count, 8]`` int32, ``Field`` of common.cuh; zero (all codes 0) past the fields.
 
     Offsets are those in a page; with ``planes``, those in 16 tokens of these planes, one behind the other.
     The centre of fields past the first ``exact`` has what `unpack_at_once` subtracts.
@@ -315,17 +319,48 @@ def _describe(
     gains = level_slopes(layout)[1]
     words = torch.zeros(count, 8, dtype=torch.int32)
     for number, (row, field) in enumerate(zip(words, fields, strict=False)):
-        gain = float(gains[field.coefficients[0]])
         unit = 2.0**-field.shift
         room = 1024 * unit if exact is not None and number >= exact else 0.0
-        halves = torch.tensor([unit, -field.centre - room, gain, -1024 * unit], dtype=torch.float16)
-        twice = [(bits & 0xFFFF) * 0x10001 for bits in halves.view(torch.int16).tolist()]
-        middle = torch.tensor(0.0 if gain else field.centre, dtype=torch.float32).view(torch.int32)
-        mask = field.mask * 0x01010101
+        twice = _half_pairs([unit, -field.centre - room, float(gains[field.coefficients[0]]), -1024 * unit])
         offset = field.plane * PLANE_BYTES if planes is None else planes.index(field.plane) * PLANE_BYTES // 4
-        parts = [offset, mask, *twice, int(middle), 0]
-        row.copy_(torch.tensor([part - (1 << 32) if part >= 1 << 31 else part for part in parts]))
+        parts = [offset, field.mask * 0x01010101, *twice]
+        row[: len(parts)] = torch.tensor([_signed(part) for part in parts])
     return words
+
+
+def _describe_bits(layout: PageLayout, count: int) -> Tensor:
+    """Return ``[count, 8]`` int32, ``Bits`` of common.cuh of all fields; zero (all codes 0) past them."""
+    gains = level_slopes(layout)[1]
+    words = torch.zeros(count, 8, dtype=torch.int32)
+    for row, field in zip(words, layout.fields, strict=False):
+        gain = float(gains[field.coefficients[0]])
+        twice = _half_pairs([-field.centre * 2.0 ** (field.shift - 9), gain * 2.0 ** (18 - 2 * field.shift)])
+        factor = 1 / bits_factor(layout, field)
+        floats = torch.tensor([factor, 0.0 if gain else field.centre], dtype=torch.float32)
+        parts = [
+            field.plane * PLANE_BYTES,
+            field.mask * 0x00010001,
+            *twice,
+            *floats.view(torch.int32).tolist(),
+        ]
+        row[: len(parts)] = torch.tensor([_signed(part) for part in parts])
+    return words
+
+
+def bits_factor(layout: PageLayout, field: Field) -> float:
+    """Return what a product sees of a field over its levels or, where these are equally spaced, its codes."""
+    cubic = bool(level_slopes(layout)[1][field.coefficients[0]])
+    return 2.0 ** (field.shift - (9 if cubic else 24))
+
+
+def _half_pairs(numbers: Sequence[float]) -> list[int]:
+    """Return words with a float16 number twice each."""
+    halves = torch.tensor(list(numbers), dtype=torch.float64).half().view(torch.int16).tolist()
+    return [(bits & 0xFFFF) * 0x10001 for bits in halves]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _step_order(slots: int, device: torch.device) -> Tensor:
