@@ -13,7 +13,14 @@ from decode_cases import SHAPES, Shape, codes_to, make_case
 from aquakv.errors import ConfigError
 from aquakv.kernels import attend_codes, hopper
 from aquakv.kernels.hopper.compiler import compile_source, nvrtc_path, source_of
-from aquakv.kernels.hopper.operands import SCALE_ROOM, HopperOperands, pair_angles, split_pairs, unsupported
+from aquakv.kernels.hopper.operands import (
+    SCALE_ROOM,
+    HopperOperands,
+    bits_factor,
+    pair_angles,
+    split_pairs,
+    unsupported,
+)
 from aquakv.kernels.hopper.order import LINEAR_WIDTH, cubic_tiles, latent_order, sum_order
 from aquakv.kernels.pages import PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
@@ -197,12 +204,16 @@ def test_next_latents_follow_from_images_and_constants(name):
     scale = 2 ** ((record[-80:-16].double() - 128) / 16)
     scale[record[-80:-16] == 255] = math.nan
     total = -arranged.latent_constants[0].double().expand(64, -1)
+    bytewise = torch.tensor([4 * ((k % 8) // 2) + 2 * (k % 2) + k // 8 for k in range(16)])
     for place, index in enumerate(places):
         if index < len(layout.fields):
             field = layout.fields[index]
             stored = stored_codes(record, field)
             used = levels(layout, field, stored) if place < 4 * general else stored
-            total = total + used[:, within] @ matrix[:, 16 * place : 16 * place + 16].T
+            used = used * bits_factor(field, place < 4 * general)
+            total = total + used[:, bytewise] @ matrix[:, 16 * place : 16 * place + 16].T
+    total = total / 2.0**arranged.latent_exponent
+    assert 2**13 < float(matrix[:, : 16 * len(places)].abs().max()) <= 2**14
     got = scale[:, None] * total + arranged.latent_constants[1]
     if latents is not None:
         own = latents[0, :64].double()[:, (torch.arange(0, rank, 16)[:, None] + within).flatten()]
@@ -362,6 +373,7 @@ def test_what_steps_share(monkeypatch, capturing):
         ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
         ("next_latents", {"RANK": 16, "WIDTH": 32}, {"wgmma_width": 32}),
         ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),
+        ("next_latents", {"RANK": 64, "WIDTH": 48}, {"wgmma_width": 48}),
         *(
             (
                 "code_sum",

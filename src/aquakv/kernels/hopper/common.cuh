@@ -50,8 +50,7 @@ struct __align__(16) Field {
     u32 unit;      // 2^-shift, twice
     u32 centre;    // minus the code that is level 0, twice
     u32 gain;      // cubic over linear coefficient of the levels, twice; 0: equally spaced
-    u32 bias;      // minus 1024 times the unit, twice
-    u32 unused[2];
+    u32 unused[3];
 };
 
 // Four codes that are bytes 0 and 1, 2 and 3 (NATURAL) or 0 and 2, 1 and 3 of a word, to two pairs of levels.
@@ -74,16 +73,6 @@ DEVICE void unpack_at_once(u32 word, const Field& f, u32& first, u32& second) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
     first = hfma2(a, f.unit, f.centre);
     second = hfma2(b, f.unit, f.centre);
-}
-// The same without the centre, which saves a step where sums are corrected later.
-template <bool NATURAL>
-DEVICE void unpack_plain(u32 word, const Field& f, u32& first, u32& second) {
-    const u32 bits = word & f.mask;
-    u32 a, b;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4140 : 0x4240));
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
-    first = hfma2(a, f.unit, f.bias);
-    second = hfma2(b, f.unit, f.bias);
 }
 DEVICE u32 cubic(u32 x, u32 gain) { return hmul2(x, hfma2(hmul2(x, x), gain, 0x3C003C00u)); }
 

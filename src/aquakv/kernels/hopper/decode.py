@@ -18,7 +18,8 @@ MAX_BLOCK_BYTES = 227 * 1024
 
 _SCORE_TEAMS = 3  # warpgroups of a block of scores
 _FIELD_BYTES = 32
-_CHUNK_BYTES = 96
+_CHUNK_BYTES = 64
+_CHUNKS_AHEAD = 2  # of a table's end
 _MAX_LATENT_STAGES, _MAX_SUM_STAGES = 8, 6
 _SUM_BUFFERS = 3  # of a page's weights
 _LOG2_E = 1.4426950408889634
@@ -160,6 +161,7 @@ def next_latents(
             plain.keys.chunks,
             operands.general_chunks,
             stages,
+            operands.latent_exponent,
         ],
         dependent=True,
     )
@@ -171,7 +173,7 @@ def latent_shared_bytes(operands: HopperOperands) -> int:
     plain = operands.plain
     chunks, width = plain.keys.chunks, plain.next_width
     blocks = chunks + -(-plain.latent_width // 64)
-    tables = 8 * width + chunks * _CHUNK_BYTES
+    tables = 8 * width + (chunks + _CHUNKS_AHEAD) * _CHUNK_BYTES
     return blocks * (width * 128 + 8) + tables + 8 + 16 + plain.keys.layout.record_bytes
 
 
