@@ -3,11 +3,13 @@
 // A block takes a slab of up to TEAMS * TILES tiles (64 slots each) of keys or of values over a split of the pages.
 // Its last warpgroup brings records, scores and latents to shared memory and makes weights of the scores, a page or
 // two ahead of the others (teams), whose asynchronous products have weights as their right operand (64 tokens deep);
-// codes are transposed on the way to registers, as the left operand: slots by tokens. The products of half a tile run
-// while the next half is unpacked. The latents are one more tile of the first slab, which also sums the weights
-// themselves.
+// codes are transposed on the way to registers, as the left operand: slots by tokens. Codes of equally spaced levels are
+// multiplied where they lie, as halves below the normal ones (see `Bits`); the sums are corrected at the end. The
+// products of half a tile run while the next half is unpacked, those of a page's end while the next page begins. The
+// latents are one more tile of the first slab, which also sums the weights themselves.
 //
-// Compile-time numbers: KV_HEADS, GROUP, QUERIES (query heads padded to 8), TILES, RANK, STAGES (at least 2).
+// Compile-time numbers: KV_HEADS, GROUP, QUERIES (query heads padded to 8), TILES, CUBIC (the first tiles of a team,
+// at least 1, whose levels may be unequally spaced), RANK, BUFFERS (of weights, at least 2), STAGES (at least as many).
 
 constexpr int QUERY_HEADS = KV_HEADS * GROUP;
 constexpr int PADDED = (GROUP + 1) / 2 * 2;        // members in the layout of the sums
@@ -15,20 +17,22 @@ constexpr int WEIGHT_BYTES = QUERIES * 128;
 constexpr int SCORE_BYTES = QUERY_HEADS * 256;     // of a page
 constexpr int TEAMS = 3, THREADS = 128 * (TEAMS + 1);
 constexpr int ROUNDS = (QUERIES * 4 + 127) / 128;  // query heads of a thread that makes weights
+constexpr int WEIGHT_REGISTERS = ROUNDS > 1 ? 80 : 56, SUM_REGISTERS = ROUNDS > 1 ? 144 : 152;  // of a thread
 constexpr int LATENT_BYTES = 64 * RANK * 2;
 constexpr int LATENT_CHUNKS = RANK / 8 + (RANK == 0);  // sixteen bytes each, of a token
 
 struct Shared {
-    static constexpr int scaled = 0;                                 // [2][QUERIES] rows of 64 weights
-    static constexpr int plain = scaled + 2 * WEIGHT_BYTES;          // the same without the tokens' scales
-    static constexpr int latents = plain + 2 * WEIGHT_BYTES;         // [3][64][RANK]
-    static constexpr int fields = latents + 3 * LATENT_BYTES;        // Field [4 * TEAMS * TILES]
-    static constexpr int sums = fields + 4 * TEAMS * TILES * 32;     // float [2][QUERIES]
-    static constexpr int loaded = sums + 2 * QUERIES * 4;            // barriers [STAGES]: record and scores are there
-    static constexpr int weighed = loaded + STAGES * 8;              // [2]: weights and latents are there
-    static constexpr int done = weighed + 16;                        // [2]: teams have left a page
-    static constexpr int pages = (done + 16 + 127) / 128 * 128;      // [STAGES] record and scores
+    static constexpr int scaled = 0;                                   // [BUFFERS][QUERIES] rows of 64 weights
+    static constexpr int plain = scaled + BUFFERS * WEIGHT_BYTES;      // the same without the tokens' scales
+    static constexpr int latents = plain + BUFFERS * WEIGHT_BYTES;     // [BUFFERS + 1][64][RANK]
+    static constexpr int fields = latents + (BUFFERS + 1) * LATENT_BYTES;  // Bits [4 * TEAMS * TILES]
+    static constexpr int sums = fields + 4 * TEAMS * TILES * 32;       // float [2][QUERIES]
+    static constexpr int loaded = sums + 2 * QUERIES * 4;              // barriers [STAGES]: record and scores are there
+    static constexpr int weighed = loaded + STAGES * 8;                // [BUFFERS]: weights and latents are there
+    static constexpr int done = weighed + BUFFERS * 8;                 // [BUFFERS]: teams have left a page
+    static constexpr int pages = (done + BUFFERS * 8 + 127) / 128 * 128;  // [STAGES] record and scores
 };
+static_assert(STAGES >= BUFFERS, "a page's stage is free once the teams have left the page BUFFERS before");
 
 DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -36,6 +40,16 @@ DEVICE void barrier_arrive(u32 barrier) {
 DEVICE void load_transposed(u32 address, u32 (&to)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+// Two of them, 512 bytes apart, where `load` says so; what is there stays otherwise. No branch, which would part
+// asynchronous products.
+DEVICE void load_transposed_if(bool load, u32 address, u32 (&to)[2][4]) {
+    asm volatile("{.reg .pred load;\nsetp.ne.b32 load, %9, 0;\n"
+                 "@load ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%8];\n"
+                 "@load ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%4, %5, %6, %7}, [%8 + 512];\n}"
+                 : "+r"(to[0][0]), "+r"(to[0][1]), "+r"(to[0][2]), "+r"(to[0][3]),
+                   "+r"(to[1][0]), "+r"(to[1][1]), "+r"(to[1][2]), "+r"(to[1][3])
+                 : "r"(address), "r"(int(load)) : "memory");
 }
 DEVICE u32 latent_place(int token, int chunk) {
     // Sixteen-byte chunks of a row, exchanged so that eight rows lie in different banks.
@@ -50,14 +64,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     const u8* __restrict__ key_pages, const u8* __restrict__ value_pages,
     const int* __restrict__ table, const int* __restrict__ lengths,
     const u8* __restrict__ latents,          // half [rows, num_pages * 64, RANK]
-    const Field* __restrict__ fields,        // [key tiles * 4 + value tiles * 4]
+    const Bits* __restrict__ fields,         // [key tiles * 4 + value tiles * 4]
     u8* __restrict__ means,                  // half [rows, splits, KV_HEADS, slots, PADDED]
     float* __restrict__ totals,              // [rows, splits, 3, QUERIES]: weights with key, value, no scales
     int key_record, int value_record, int record_room, int num_pages, int splits, int score_splits,
     int key_tiles, int value_tiles, int key_slabs, int value_slabs, int key_share, int value_share) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 base = shared_address(shared);
-    const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, team = threadIdx.x >> 7;
+    const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
+    const int team = __shfl_sync(0xFFFFFFFFu, threadIdx.x >> 7, 0);  // so that the compiler knows that a warp has one
     const int slabs = key_slabs + value_slabs;
     const int slab = blockIdx.x % slabs, split = blockIdx.x / slabs, row = blockIdx.y;
     const bool of_keys = slab < key_slabs, sums_latents = slab == 0;
@@ -72,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     const int* own_table = table + long(row) * num_pages;
     const int stage_bytes = record_room + SCORE_BYTES;
     float* weight_sums = (float*)(shared + Shared::sums);
-    const Field* described = (const Field*)(shared + Shared::fields);
+    const Bits* described = (const Bits*)(shared + Shared::fields);
 
     auto fetch_record = [&](int stage, int record) {
         const u32 loaded = base + Shared::loaded + 8 * stage;
@@ -86,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     const bool fetches = team == TEAMS && thread < STAGES;
     if (fetches) {
         barrier_init(base + Shared::loaded + 8 * thread, 1);
-        if (thread < 2) {
+        if (thread < BUFFERS) {
             barrier_init(base + Shared::weighed + 8 * thread, 128);
             barrier_init(base + Shared::done + 8 * thread, 4 * TEAMS);
         }
@@ -102,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
 
     if (team == TEAMS) {
         // ---- weights -------------------------------------------------------------------------------------------
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WEIGHT_REGISTERS));
         // This thread's: query head `member` (others in further rounds), every fourth four of tokens.
         const int member = thread >> 2, part = (thread & 3) * 4;
         const u8* own_latents = latents + long(row) * num_pages * LATENT_BYTES;
@@ -130,63 +145,75 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
             for (int step = 1; step < 4; step *= 2) largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xFFFFFFFFu, largest[r], step));
             if (largest[r] == -INFINITY) largest[r] = 0;
         }
+        // One step of the weights: four tokens of a query head. Exponents are 6 higher than those of the weights, to
+        // keep small ones out of half precision's subnormals; those of scales have 128 / 16 too much.
+        auto weigh = [&](const u8* record, int buffer, u32 scale_codes, int token, int r, bool lost) {
+            const int head = member + 32 * r;
+            if (head >= QUERIES) return;
+            float4 score = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+            if (head < QUERY_HEADS) score = *(const float4*)(record + record_room + head * 256 + token * 4);
+            const float* s = &score.x;
+            float w[4], p[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const u32 code = (scale_codes >> (8 * k)) & 255u;
+                w[k] = exp2_fast(fmaf(float(int(code)), 0.0625f, s[k] - (largest[r] + 2.0f)));
+                // A token that is not attended to may have no scale: nothing times nothing must be nothing.
+                if (lost && code == 255u && s[k] > -INFINITY) w[k] = __int_as_float(0x7FC00000);
+                if (sums_latents) p[k] = exp2_fast(s[k] - (largest[r] - 6.0f));
+            }
+            const u32 at = buffer * WEIGHT_BYTES + swizzle128(head, token * 2);
+            const uint2 rounded = make_uint2(pack_half2(w[0], w[1]), pack_half2(w[2], w[3]));
+            *(uint2*)(shared + Shared::scaled + at) = rounded;
+            with_scales[r] += (low_float(rounded.x) + high_float(rounded.x)) + (low_float(rounded.y) + high_float(rounded.y));
+            if (sums_latents) {
+                *(uint2*)(shared + Shared::plain + at) = make_uint2(pack_half2(p[0], p[1]), pack_half2(p[2], p[3]));
+                without[r] += (p[0] + p[1]) + (p[2] + p[3]);
+            }
+        };
         int stage = 0, parity = 0, latest = 0;  // `latest`: where the newest latents are
+        int buffer = 0, left = 1;               // `left`: parity of the teams' leaving what the buffer held before
         int later_record = 0;
 #pragma unroll 1
         for (int page = begin; page < end; page++) {
-            const int turn = page - begin, buffer = turn & 1;
-            if (turn >= 2) {
-                // The teams have left the page before the last: its stage, weights and latents are free.
-                barrier_wait(base + Shared::done + 8 * buffer, (turn >> 1 & 1) ^ 1);
-                const int later = page - 2 + STAGES, free = stage >= 2 ? stage - 2 : stage - 2 + STAGES;
+            if (page - begin >= BUFFERS) {
+                // The teams have left the page BUFFERS before: its stage, weights and latents are free.
+                barrier_wait(base + Shared::done + 8 * buffer, left);
+                const int later = page - BUFFERS + STAGES, free = stage >= BUFFERS ? stage - BUFFERS : stage - BUFFERS + STAGES;
                 if (thread == 0 && later < end) {
                     fetch_record(free, later_record);
                     fetch_scores(free, later);
                 }
             }
-            if (thread == 0) later_record = __ldg(own_table + min(page - 1 + STAGES, end - 1));
-            latest = latest == 2 ? 0 : latest + 1;
+            if (thread == 0) later_record = __ldg(own_table + min(page + 1 - BUFFERS + STAGES, end - 1));
+            latest = latest == BUFFERS ? 0 : latest + 1;
             fetch_latents(page + 1, latest);
             barrier_wait(base + Shared::loaded + 8 * stage, parity);
             const u8* record = shared + Shared::pages + stage * stage_bytes;
+            auto token = [&](int i) { return (i + member & 3) * 16 + part; };  // neighbouring heads in different banks
+            u32 scale_codes[4], lost = 0;
 #pragma unroll
-            for (int r = 0; r < ROUNDS; r++) {
-                const int head = member + 32 * r;
-                if (head < QUERIES) {
+            for (int i = 0; i < 4; i++) {
+                scale_codes[i] = *(const u32*)(record + record_bytes - 80 + token(i));
+                lost |= (~scale_codes[i] - 0x01010101u) & scale_codes[i] & 0x80808080u;  // a byte of 255
+            }
+            if (lost) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int token = (i + head & 3) * 16 + part;  // neighbouring heads in different banks
-                        const u32 scale_codes = *(const u32*)(record + record_bytes - 80 + token);
-                        float4 score = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-                        if (head < QUERY_HEADS) score = *(const float4*)(record + record_room + head * 256 + token * 4);
-                        const float* s = &score.x;
-                        float w[4], p[4];
+                for (int r = 0; r < ROUNDS; r++)
+#pragma unroll 1
+                    for (int i = 0; i < 4; i++)
+                        weigh(record, buffer, *(const u32*)(record + record_bytes - 80 + token(i)), token(i), r, true);
+            } else {
 #pragma unroll
-                        for (int k = 0; k < 4; k++) {
-                            // 64 times the weight, to keep small ones out of half precision's subnormals. A token that
-                            // is not attended to may have no scale: nothing times nothing must be nothing.
-                            const u32 code = (scale_codes >> (8 * k)) & 255u;
-                            const float exponent = s[k] - largest[r] + 6.0f;
-                            w[k] = exp2_fast(fmaf(float(int(code)), 0.0625f, exponent - 8.0f));
-                            if (code == 255u && s[k] > -INFINITY) w[k] = __int_as_float(0x7FC00000);
-                            if (sums_latents) p[k] = exp2_fast(exponent);
-                        }
-                        const u32 at = buffer * WEIGHT_BYTES + swizzle128(head, token * 2);
-                        const uint2 rounded = make_uint2(pack_half2(w[0], w[1]), pack_half2(w[2], w[3]));
-                        *(uint2*)(shared + Shared::scaled + at) = rounded;
-                        with_scales[r] += low_float(rounded.x) + high_float(rounded.x) + low_float(rounded.y) + high_float(rounded.y);
-                        if (sums_latents) {
-                            const uint2 plain = make_uint2(pack_half2(p[0], p[1]), pack_half2(p[2], p[3]));
-                            *(uint2*)(shared + Shared::plain + at) = plain;
-                            without[r] += p[0] + p[1] + p[2] + p[3];
-                        }
-                    }
-                }
+                for (int r = 0; r < ROUNDS; r++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) weigh(record, buffer, scale_codes[i], token(i), r, false);
             }
             asm volatile("cp.async.wait_group 1;" ::: "memory");  // this page's latents
             fence_shared();
             barrier_arrive(base + Shared::weighed + 8 * buffer);
             if (++stage == STAGES) stage = 0, parity ^= 1;
+            if (++buffer == BUFFERS) buffer = 0, left ^= 1;
         }
         float* out_totals = totals + (long(row) * splits + split) * 3 * QUERIES;
 #pragma unroll
@@ -207,40 +234,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
         return;
     }
     // ---- sums --------------------------------------------------------------------------------------------------
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(SUM_REGISTERS));
     const int quad = lane & 3, group = lane >> 2;
     float sum[TILES][QUERIES / 2];
 #pragma unroll
     for (int i = 0; i < QUERIES / 2; i++)
 #pragma unroll
         for (int t = 0; t < TILES; t++) sum[t][i] = 0;
-    u32 codes[4][4];
+    u32 codes[4][4], raw[2][4];
     const bool adds_latents = RANK > 0 && sums_latents && team == TEAMS - 1;
-    int stage = 0, parity = 0, latest = 0;
+    u32 own[TILES];  // where fields are and, in the highest byte, their masks
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        const Bits& field = described[(t * TEAMS + team) * 4 + warp];
+        own[t] = field.offset | field.mask << 24;
+    }
+    u32 pages_at = base + Shared::pages + lane * 16;  // of the page's stage
+    auto load_codes = [&](int t, bool load) {
+        load_transposed_if(load, pages_at + (own[t] & 0xFFFFFF), raw);
+    };
+    auto leave = [&](int from) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(base + Shared::done + 8 * from);
+    };
+    int stage = 0, parity = 0, latest = 0, buffer = 0, made = 0;  // `made`: parity of the buffer's weights
+#pragma unroll
+    for (int i = 0; i < 4; i++) raw[0][i] = raw[1][i] = 0;
+    if (begin < end) barrier_wait(base + Shared::loaded, 0);
+    load_codes(0, begin < end);
 #pragma unroll 1
     for (int page = begin; page < end; page++) {
-        const int turn = page - begin, buffer = turn & 1;
-        const u32 record = base + Shared::pages + stage * stage_bytes;
-        barrier_wait(base + Shared::loaded + 8 * stage, parity);
-        u32 raw[2][4];
-        Field field = described[team * 4 + warp];
-        auto load_codes = [&]() {
-            load_transposed(record + field.offset + lane * 16, raw[0]);
-            load_transposed(record + field.offset + 512 + lane * 16, raw[1]);
-        };
-        load_codes();
-        barrier_wait(base + Shared::weighed + 8 * buffer, turn >> 1 & 1);
-        const u64 scaled = descriptor128(base + Shared::scaled + buffer * WEIGHT_BYTES);
-        const u64 plain = descriptor128(base + Shared::plain + buffer * WEIGHT_BYTES);
+        barrier_wait(base + Shared::weighed + 8 * buffer, made);
+        const u32 scaled = descriptor_low(base + Shared::scaled) + buffer * (WEIGHT_BYTES / 16);
+        const u32 plain = descriptor_low(base + Shared::plain) + buffer * (WEIGHT_BYTES / 16);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             // No branch may part products that are under way: what a team lacks of the last tiles it multiplies as zeros.
             const bool of_latents = t == TILES - 1 && adds_latents;
+            u32 mask;
+            asm("prmt.b32 %0, %1, 0, 0x4343;" : "=r"(mask) : "r"(own[t]));
+            u32 centre = 0, gain = 0;
+            if (t < CUBIC) load_shared(base + Shared::fields + ((t * TEAMS + team) * 4 + warp) * 32 + 8, centre, gain);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 wgmma_wait<1>();  // the products of this half of the tile before
                 keep(codes[2 * half]);
                 keep(codes[2 * half + 1]);
+                keep(raw[half]);  // what follows from them is not computed before, over codes that are in use
+                // With them the last products of the page before have ended.
+                if (t == 0 && half == 1 && page > begin) leave(buffer > 0 ? buffer - 1 : BUFFERS - 1);
                 if (of_latents) {
 #pragma unroll
                     for (int k = 2 * half; k < 2 * half + 2; k++) {
@@ -254,39 +296,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
                             for (int i = 0; i < 4; i++) codes[k][i] = finite_half2(codes[k][i]);
                         }
                     }
-                } else if (field.gain) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        u32 even, odd;
-                        unpack_centred<false>(raw[half][i], field, even, odd);
-                        codes[2 * half + i / 2][i % 2 * 2] = cubic(even, field.gain);
-                        codes[2 * half + i / 2][i % 2 * 2 + 1] = cubic(odd, field.gain);
-                    }
                 } else {
 #pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        unpack_plain<false>(raw[half][i], field, codes[2 * half + i / 2][i % 2 * 2], codes[2 * half + i / 2][i % 2 * 2 + 1]);
-                }
-                if (half == 1 && t + 1 < TILES) {
-                    const u32 place = field.offset;
-                    field = described[((t + 1) * TEAMS + team) * 4 + warp];
-                    if (field.offset != place) load_codes();
+                    for (int i = 0; i < 4; i++) {
+                        codes[2 * half + i / 2][i % 2 * 2] = raw[half][i] & mask;
+                        codes[2 * half + i / 2][i % 2 * 2 + 1] = raw[half][i] >> 8 & mask;
+                    }
+                    if (t < CUBIC && gain) {
+#pragma unroll
+                        for (int k = 2 * half; k < 2 * half + 2; k++)
+#pragma unroll
+                            for (int i = 0; i < 4; i++) codes[k][i] = cubic_bits(codes[k][i], centre, gain);
+                    }
                 }
                 wgmma_fence();
 #pragma unroll
                 for (int k = 2 * half; k < 2 * half + 2; k++)
-                    wgmma_queries(sum[t], codes[k], (of_latents ? plain : scaled) | 2 * k, true);
+                    wgmma_queries(sum[t], codes[k], descriptor((of_latents ? plain : scaled) + 2 * k), true);
                 wgmma_commit();
+                if (half == 1 && t + 1 < TILES) load_codes(t + 1, ((own[t + 1] ^ own[t]) & 0xFFFFFF) != 0);
             }
         }
-        wgmma_wait<0>();
-#pragma unroll
-        for (int t = 0; t < TILES; t++) keep(sum[t]);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(base + Shared::done + 8 * buffer);
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-        latest = latest == 2 ? 0 : latest + 1;
+        pages_at += stage_bytes;
+        if (++stage == STAGES) stage = 0, parity ^= 1, pages_at = base + Shared::pages + lane * 16;
+        if (page + 1 < end) barrier_wait(base + Shared::loaded + 8 * stage, parity);
+        load_codes(0, page + 1 < end);
+        if (++buffer == BUFFERS) buffer = 0, made ^= 1;
+        latest = latest == BUFFERS ? 0 : latest + 1;
     }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int t = 0; t < TILES; t++) keep(sum[t]);
     __syncthreads();  // the sums of the weights are there
     // ---- means -------------------------------------------------------------------------------------------------
     const int slots = (key_tiles + value_tiles) * 64 + RANK;
@@ -314,10 +354,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
         for (int t = 0; t < TILES; t++) {
             const int tile = t * TEAMS + team;
             if (tile < own_tiles) {
-                const float middle = described[tile * 4 + warp].middle;
+                const float factor = described[tile * 4 + warp].factor, middle = described[tile * 4 + warp].middle;
+                auto level = [&](float sum, float weight) { return fmaf(sum, factor, -middle * weight); };
                 const int slot = first_slot + tile * 64 + warp * 16 + 2 * group;
-                store(slot, query, (sum[t][4 * i] - middle * weight.x) * x, (sum[t][4 * i + 1] - middle * weight.y) * y);
-                store(slot + 1, query, (sum[t][4 * i + 2] - middle * weight.x) * x, (sum[t][4 * i + 3] - middle * weight.y) * y);
+                store(slot, query, level(sum[t][4 * i], weight.x) * x, level(sum[t][4 * i + 1], weight.y) * y);
+                store(slot + 1, query, level(sum[t][4 * i + 2], weight.x) * x, level(sum[t][4 * i + 3], weight.y) * y);
             } else if (t == TILES - 1 && adds_latents && warp * 16 < RANK) {
                 const float2 mass = *(const float2*)(weight_sums + QUERIES + query);
                 const float u = mass.x > 0 ? 1.0f / mass.x : mass.x, v = mass.y > 0 ? 1.0f / mass.y : mass.y;

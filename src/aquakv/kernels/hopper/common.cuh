@@ -50,9 +50,7 @@ struct __align__(16) Field {
     u32 unit;      // 2^-shift, twice
     u32 centre;    // minus the code that is level 0, twice
     u32 gain;      // cubic over linear coefficient of the levels, twice; 0: equally spaced
-    u32 bias;      // minus 1024 times the unit, twice
-    float middle;  // the code that is level 0, where levels are equally spaced; 0 where they are not
-    u32 unused;
+    u32 unused[3];
 };
 
 // Four codes that are bytes 0 and 1, 2 and 3 (NATURAL) or 0 and 2, 1 and 3 of a word, to two pairs of levels.
@@ -76,17 +74,24 @@ DEVICE void unpack_at_once(u32 word, const Field& f, u32& first, u32& second) {
     first = hfma2(a, f.unit, f.centre);
     second = hfma2(b, f.unit, f.centre);
 }
-// The same without the centre, which saves a step where sums are corrected later.
-template <bool NATURAL>
-DEVICE void unpack_plain(u32 word, const Field& f, u32& first, u32& second) {
-    const u32 bits = word & f.mask;
-    u32 a, b;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4140 : 0x4240));
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
-    first = hfma2(a, f.unit, f.bias);
-    second = hfma2(b, f.unit, f.bias);
-}
 DEVICE u32 cubic(u32 x, u32 gain) { return hmul2(x, hfma2(hmul2(x, x), gain, 0x3C003C00u)); }
+
+// One field of 16 coefficients whose codes are used where they lie: what is left of the bits 0 to 7 of a half is the
+// number code * 2^(shift - 24), below the normal ones, which products take as it is. Bytes 0 and 2 of a word are two
+// of them; bytes 1 and 3 are, once the word is shifted by 8.
+struct __align__(16) Bits {
+    u32 offset;    // bytes from the page to the plane
+    u32 mask;      // the field's bits, in bytes 0 and 2
+    u32 centre;    // minus 2^(shift - 9) times the code that is level 0, twice
+    u32 gain;      // 2^(18 - 2 shift) times the cubic over linear coefficient of the levels, twice; 0: equally spaced
+    float factor;  // levels over what stands for them: 2^(24 - shift) times codes, or 2^(9 - shift)
+    float middle;  // the code that is level 0, where levels are equally spaced; 0 where they are not
+    u32 unused[2];
+};
+static_assert(sizeof(Bits) == 32, "the host counts on it");
+
+// Two codes to what stands for their unequally spaced levels: 2^(shift - 9) times the levels.
+DEVICE u32 cubic_bits(u32 bits, u32 centre, u32 gain) { return cubic(hfma2(bits, 0x78007800u, centre), gain); }
 
 DEVICE float scale_of(u32 code) {
     return code == 255u ? __int_as_float(0x7FC00000) : exp2f((float(int(code)) - 128.0f) * 0.0625f);

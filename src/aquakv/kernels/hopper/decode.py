@@ -18,8 +18,10 @@ MAX_BLOCK_BYTES = 227 * 1024
 
 _SCORE_TEAMS = 3  # warpgroups of a block of scores
 _FIELD_BYTES = 32
-_CHUNK_BYTES = 96
+_CHUNK_BYTES = 64
+_CHUNKS_AHEAD = 2  # of a table's end
 _LATENT_TEAMS, _MAX_LATENT_STAGES, _MAX_SUM_STAGES = 4, 8, 6
+_SUM_BUFFERS = 3  # of a page's weights
 _LOG2_E = 1.4426950408889634
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
@@ -162,6 +164,7 @@ def next_latents(
             operands.general_chunks,
             stages,
             teams,
+            operands.latent_exponent,
         ],
         dependent=True,
     )
@@ -173,7 +176,7 @@ def latent_shared_bytes(operands: HopperOperands) -> int:
     plain = operands.plain
     chunks, width = plain.keys.chunks, plain.next_width
     blocks = chunks + -(-plain.latent_width // 64)
-    tables = 8 * width + chunks * _CHUNK_BYTES
+    tables = 8 * width + (chunks + _CHUNKS_AHEAD) * _CHUNK_BYTES
     return blocks * (width * 128 + 8) + tables + 8 + 16 + plain.keys.layout.record_bytes
 
 
@@ -202,16 +205,19 @@ def code_sums(
     queries = -(-query_heads // 8) * 8
     rank = plain.latent_width
     key_tiles, value_tiles = plain.keys.chunks, plain.values.chunks
-    room = SUM_TEAMS * (6 if queries <= 32 else 3)  # tiles whose sums fit the registers
-    key_slabs, value_slabs = max(1, -(-(key_tiles + 1) // room)), -(-value_tiles // room)
+    most = SUM_TEAMS * (6 if queries <= 32 else 3)  # tiles whose sums fit the registers
+    key_slabs, value_slabs = max(1, -(-(key_tiles + 1) // most)), -(-value_tiles // most)
     key_share, value_share = -(-(key_tiles + 1) // key_slabs), -(-value_tiles // max(1, value_slabs))
     tiles = -(-max(key_share, value_share) // SUM_TEAMS)
     record_room = -(-max(key_pages.shape[1], value_pages.shape[1]) // 128) * 128
     stage = record_room + query_heads * PAGE_TOKENS * 4
     # What `Shared` of code_sum.cu has beside its stages and their barriers.
-    fixed = 4 * queries * 128 + 3 * 128 * rank + 4 * SUM_TEAMS * tiles * _FIELD_BYTES + 8 * queries + 32
-    stages = max(2, min(_MAX_SUM_STAGES, (MAX_BLOCK_BYTES - fixed - 128) // (stage + 8)))
-    shared = -(-(fixed + 8 * stages) // 128) * 128 + stages * stage
+    fixed = 4 * SUM_TEAMS * tiles * _FIELD_BYTES + 8 * queries + 128 * rank
+    buffer = 2 * queries * 128 + 128 * rank + 16
+    room = MAX_BLOCK_BYTES - fixed - 128
+    buffers = _SUM_BUFFERS if room - _SUM_BUFFERS * buffer >= _SUM_BUFFERS * (stage + 8) else 2
+    stages = max(buffers, min(_MAX_SUM_STAGES, (room - buffers * buffer) // (stage + 8)))
+    shared = -(-(fixed + buffers * buffer + 8 * stages) // 128) * 128 + stages * stage
     run = kernel(
         "code_sum",
         {
@@ -219,7 +225,9 @@ def code_sums(
             "GROUP": group,
             "QUERIES": queries,
             "TILES": tiles,
+            "CUBIC": max(1, min(tiles, operands.cubic_tiles)),  # with none NVRTC serialises the products
             "RANK": rank,
+            "BUFFERS": buffers,
             "STAGES": stages,
             "DEPENDENT": 1,
         },

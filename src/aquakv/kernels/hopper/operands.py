@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError
-from aquakv.kernels.hopper.order import latent_order, sum_order
+from aquakv.kernels.hopper.order import cubic_tiles, latent_order, sum_order
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
@@ -24,6 +25,9 @@ MAX_GROUP = 4
 
 #: Most fields of a head: what fits registers.
 MAX_HEAD_FIELDS = 8
+
+#: The innovation's largest entry is brought near this power of two.
+LARGEST_EXPONENT = 14
 
 #: What scores divide by the token's scale is divided by this too, so that halves stay in range.
 SCALE_ROOM = 16.0
@@ -44,9 +48,11 @@ class HopperOperands:
     score_offsets, pair_order, pair_index, pair_angles, offset_turns
         Tables in the order of the pairs, by falling angle: offsets of the keys, coordinates, where each pair
         is in rotary tables (beyond their end if it does not turn), radians of 32 tokens, turns in a page.
-    score_fields, sum_fields
-        ``[fields, 8]`` int32: ``Field`` of common.cuh, for every head, and of keys and values in the order of
-        `sum_order`.
+    score_fields
+        ``[kv_heads, fields, 8]`` int32: ``Field`` of common.cuh.
+    sum_fields, cubic_tiles
+        ``[fields, 8]`` int32: ``Bits`` of common.cuh, of keys and values in the order of `sum_order`; and how
+        many of a team's first tiles have unequally spaced levels.
     score_planes
         ``[kv_heads, planes]`` int32: where the planes with a head's codes are in a record, -1 past the last;
         offsets of `score_fields` count from the first.
@@ -76,6 +82,7 @@ class HopperOperands:
     offset_turns: Tensor
     score_fields: Tensor
     sum_fields: Tensor
+    cubic_tiles: int
     score_planes: Tensor
     field_order: list[list[int]]
     cubic_fields: int
@@ -84,6 +91,7 @@ class HopperOperands:
     latent_constants: Tensor | None
     latent_fields: Tensor
     general_chunks: int
+    latent_exponent: int
     epilogue: Tensor
 
     @property
@@ -165,7 +173,7 @@ class HopperOperands:
         ]
         most_planes = max(1, *map(len, own_planes))
         orders = [sum_order(t.fields) for t in tables]
-        sums = [_describe(t, t.fields, len(o))[o] for t, o in zip(tables, orders, strict=True)]
+        sums = [_describe_bits(t, len(o))[o] for t, o in zip(tables, orders, strict=True)]
         summed = [
             _field_slots(o, device) + 4 * n * FIELD_COLUMNS
             for o, n in zip(orders, (0, plain.keys.chunks), strict=True)
@@ -179,8 +187,8 @@ class HopperOperands:
         turns = turns.view(2, 4, 2, 8, fast // 8, 4, 2).permute(4, 1, 3, 5, 2, 0, 6).contiguous()
         epilogue = plain.epilogue.transpose(1, 2)
         numbers, general = latent_order(table.fields)
-        latent_fields = _describe(table, table.fields, len(numbers))[numbers].to(device)
-        latent, constants = _latent_operands(plain, numbers, general)
+        latent_fields = _describe_bits(table, len(numbers))[numbers].to(device)
+        latent, constants, exponent = _latent_operands(plain, numbers, general)
         coordinate = torch.cat([rotary_order(dim, plain.rotary_dim), torch.tensor([-1])])
         return cls(
             plain,
@@ -194,6 +202,7 @@ class HopperOperands:
             turns.to(device),
             torch.stack(by_head).to(device),
             torch.cat(sums).to(device),
+            max(cubic_tiles(t.fields, o) for t, o in zip(tables, orders, strict=True)),
             torch.tensor(
                 [
                     [plane * PLANE_BYTES for plane in planes] + [-1] * (most_planes - len(planes))
@@ -209,6 +218,7 @@ class HopperOperands:
             constants,
             latent_fields,
             general,
+            exponent,
             torch.cat([epilogue[:, torch.cat(summed)], epilogue[:, sum(map(len, summed)) :]], 1),
         )
 
@@ -269,20 +279,30 @@ def unsupported(plain: DecodeOperands) -> str | None:
 
 def _latent_operands(
     plain: DecodeOperands, places: Sequence[int], general: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return images and constants of the next latent; see `HopperOperands`."""
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Return images, constants and exponent of the next latent; see `HopperOperands`."""
     if plain.innovation is None or plain.next_offset is None:
-        return None, None
+        return None, None, 0
     device, width = plain.innovation.device, plain.next_width
-    innovation = plain.innovation[_field_slots(places, device)]
-    centres = [0.0] * len(places)
-    for place, field in enumerate(places[4 * general :], 4 * general):
-        centres[place] = plain.keys.layout.fields[field].centre
-    centre = torch.tensor(centres, dtype=torch.float64, device=device).repeat_interleave(FIELD_COLUMNS)
-    constants = torch.stack([centre @ innovation.double(), plain.next_offset.double()]).float()
-    parts = [innovation]
+    innovation = plain.innovation[_field_slots(places, device)].double()
+    fields = plain.keys.layout.fields
+    factors, centres = torch.zeros(2, len(places), dtype=torch.float64)
+    for place, number in enumerate(places):
+        if number < len(fields):
+            leveled = place < 4 * general
+            factors[place] = 1 / bits_factor(fields[number], leveled)
+            centres[place] = 0.0 if leveled else fields[number].centre
+    factors, centres = (each.to(device).repeat_interleave(FIELD_COLUMNS) for each in (factors, centres))
+    raised = innovation * factors[:, None]
+    largest = float(raised.abs().max())
+    exponent = math.floor(LARGEST_EXPONENT - math.log2(largest)) if largest > 0 else 0
+    constants = torch.stack([centres @ innovation * 2.0**exponent, plain.next_offset.double()]).float()
+    rows = (raised * 2.0**exponent).half()
+    order = _byte_order(len(rows), device)
+    parts = [rows[order]]
     if plain.transition is not None:
-        parts.append(_pad_slots(plain.transition))
+        transition = _pad_slots(plain.transition)
+        parts.append(transition[_step_order(len(transition), device)])
     whole = torch.cat(parts)
     # A thread has two of eight neighbouring columns of a product: its columns of four products (or two, where
     # the width is not a multiple of 32) are neighbours in the latent.
@@ -290,8 +310,8 @@ def _latent_operands(
     tile, pair, odd = column // 8, column % 8 // 2, column % 2
     runs = torch.where(tile // 4 * 4 + 4 <= width // 8, 4, 2)
     order = tile // 4 * 32 + 2 * runs * pair + 2 * (tile % 4) + odd
-    images = _images(whole[_step_order(len(whole), device)][:, order].T[None])[0]
-    return images.contiguous(), constants.contiguous()
+    images = _images(whole[:, order].T[None])[0]
+    return images.contiguous(), constants.contiguous(), exponent
 
 
 def _field_slots(order: Sequence[int], device: torch.device) -> Tensor:
@@ -301,31 +321,56 @@ def _field_slots(order: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _describe(
-    layout: PageLayout,
-    fields: Sequence[Field],
-    count: int,
-    planes: Sequence[int] | None = None,
-    exact: int | None = None,
+    layout: PageLayout, fields: Sequence[Field], count: int, planes: Sequence[int], exact: int
 ) -> Tensor:
-    """Return ``[count, 8]`` int32 descriptions, zero (all codes 0) past the fields.
+    """Return ``[count, 8]`` int32, ``Field`` of common.cuh; zero (all codes 0) past the fields.
 
-    Offsets are those in a page; with ``planes``, those in 16 tokens of these planes, one behind the other.
-    The centre of fields past the first ``exact`` has what `unpack_at_once` subtracts.
+    Offsets are those in 16 tokens of these planes, one behind the other. The centre of fields past the first
+    ``exact`` has what `unpack_at_once` subtracts.
     """
     gains = level_slopes(layout)[1]
     words = torch.zeros(count, 8, dtype=torch.int32)
     for number, (row, field) in enumerate(zip(words, fields, strict=False)):
-        gain = float(gains[field.coefficients[0]])
         unit = 2.0**-field.shift
-        room = 1024 * unit if exact is not None and number >= exact else 0.0
-        halves = torch.tensor([unit, -field.centre - room, gain, -1024 * unit], dtype=torch.float16)
-        twice = [(bits & 0xFFFF) * 0x10001 for bits in halves.view(torch.int16).tolist()]
-        middle = torch.tensor(0.0 if gain else field.centre, dtype=torch.float32).view(torch.int32)
-        mask = field.mask * 0x01010101
-        offset = field.plane * PLANE_BYTES if planes is None else planes.index(field.plane) * PLANE_BYTES // 4
-        parts = [offset, mask, *twice, int(middle), 0]
-        row.copy_(torch.tensor([part - (1 << 32) if part >= 1 << 31 else part for part in parts]))
+        room = 1024 * unit if number >= exact else 0.0
+        twice = _half_pairs([unit, -field.centre - room, float(gains[field.coefficients[0]])])
+        parts = [planes.index(field.plane) * PLANE_BYTES // 4, field.mask * 0x01010101, *twice]
+        row[: len(parts)] = torch.tensor([_signed(part) for part in parts])
     return words
+
+
+def _describe_bits(layout: PageLayout, count: int) -> Tensor:
+    """Return ``[count, 8]`` int32, ``Bits`` of common.cuh of all fields; zero (all codes 0) past them."""
+    gains = level_slopes(layout)[1]
+    words = torch.zeros(count, 8, dtype=torch.int32)
+    for row, field in zip(words, layout.fields, strict=False):
+        gain = float(gains[field.coefficients[0]])
+        twice = _half_pairs([-field.centre * 2.0 ** (field.shift - 9), gain * 2.0 ** (18 - 2 * field.shift)])
+        factor = 1 / bits_factor(field, gain != 0)
+        floats = torch.tensor([factor, 0.0 if gain else field.centre], dtype=torch.float32)
+        parts = [
+            field.plane * PLANE_BYTES,
+            field.mask * 0x00010001,
+            *twice,
+            *floats.view(torch.int32).tolist(),
+        ]
+        row[: len(parts)] = torch.tensor([_signed(part) for part in parts])
+    return words
+
+
+def bits_factor(field: Field, leveled: bool) -> float:
+    """Return what products see of a field over its levels or, where none are made, over its codes."""
+    return 2.0 ** (field.shift - (9 if leveled else 24))
+
+
+def _half_pairs(numbers: Sequence[float]) -> list[int]:
+    """Return words with a float16 number twice each."""
+    halves = torch.tensor(list(numbers), dtype=torch.float64).half().view(torch.int16).tolist()
+    return [(bits & 0xFFFF) * 0x10001 for bits in halves]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _step_order(slots: int, device: torch.device) -> Tensor:
@@ -336,6 +381,17 @@ def _step_order(slots: int, device: torch.device) -> Tensor:
     """
     within = torch.arange(FIELD_COLUMNS, device=device)
     column = (within % 8) // 2 * 4 + within % 2 + 2 * (within // 8)
+    return (torch.arange(0, slots, FIELD_COLUMNS, device=device)[:, None] + column).flatten()
+
+
+def _byte_order(slots: int, device: torch.device) -> Tensor:
+    """Return the slot at each place of the right operand, where codes are used where they lie.
+
+    The left operand has bytes 0 and 2 of a thread's words in its lower eight columns, bytes 1 and 3 in its
+    upper eight.
+    """
+    within = torch.arange(FIELD_COLUMNS, device=device)
+    column = (within % 8) // 2 * 4 + within % 2 * 2 + within // 8
     return (torch.arange(0, slots, FIELD_COLUMNS, device=device)[:, None] + column).flatten()
 
 

@@ -44,31 +44,44 @@ def latent_order(fields: Sequence[Field]) -> tuple[list[int], int]:
 def sum_order(fields: Sequence[Field]) -> list[int]:
     """Return the field of each tile's each warp, where tile ``t`` is the ``t // 3``-th of team ``t % 3``.
 
-    A warp takes fields of a plane one after the other; wide codes, which take longest, are spread over teams
-    and warps alike.
+    A warp takes its wide codes first, then the fields of a plane one after the other; wide codes, which take
+    longest, are spread over teams and warps alike.
     """
     tiles = -(-len(fields) // WARPS)
     planes: dict[int, list[int]] = {}
-    for index in sorted(range(len(fields)), key=lambda i: (fields[i].plane, fields[i].shift)):
+    for index in sorted(range(len(fields)), key=lambda i: (-fields[i].width, fields[i].shift)):
         planes.setdefault(fields[index].plane, []).append(index)
 
     def cost(indices: Sequence[int]) -> int:
         """Instructions, about, in tens."""
-        return sum(14 if fields[i].width > LINEAR_WIDTH else 8 for i in indices)
+        return sum(13 if fields[i].width > LINEAR_WIDTH else 4 for i in indices)
 
     runs = [_Run(run % SUM_TEAMS, run % WARPS, tiles) for run in range(SUM_TEAMS * WARPS)]
     for plane in sorted(planes.values(), key=cost, reverse=True):
         rest = plane
         while rest:
             run = min((run for run in runs if run.room), key=lambda run: (cost(run.fields), -run.room))
-            taken, rest = rest[: run.room], rest[run.room :]
-            run.fields += taken
+            # Another wide field of the plane goes to another warp.
+            wide = sum(fields[i].width > LINEAR_WIDTH for i in rest)
+            count = min(run.room, 1 if wide > 1 else len(rest))
+            run.fields += rest[:count]
+            rest = rest[count:]
     padding = iter(range(len(fields), tiles * WARPS))
     order = [0] * (tiles * WARPS)
     for run in runs:
-        for place, field in zip(run.places, [*run.fields, *islice(padding, run.room)], strict=True):
+        wide = [i for i in run.fields if fields[i].width > LINEAR_WIDTH]
+        last = fields[wide[-1]].plane if wide else -1
+        narrow = [i for i in run.fields if i not in wide]
+        narrow.sort(key=lambda i: fields[i].plane != last)
+        for place, field in zip(run.places, [*wide, *narrow, *islice(padding, run.room)], strict=True):
             order[place] = field
     return order
+
+
+def cubic_tiles(fields: Sequence[Field], order: Sequence[int]) -> int:
+    """Return how many of a team's first tiles have fields with unequally spaced levels, in `sum_order`."""
+    places = [p for p, i in enumerate(order) if i < len(fields) and fields[i].width > LINEAR_WIDTH]
+    return max((p // (WARPS * SUM_TEAMS) + 1 for p in places), default=0)
 
 
 class _Run:
