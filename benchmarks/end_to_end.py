@@ -32,7 +32,7 @@ from transformers.cache_utils import CacheLayerMixin
 from aquakv import AquaCache, DecodeGraph, ModelCodec, WindowConfig, preset
 from aquakv.cache import Outliers
 from aquakv.cache.graph import CudaCapture
-from aquakv.cache.storage import storage_bytes
+from aquakv.cache.records import storage_bytes
 from aquakv.codec import (
     AffinePredictor,
     EncodedPages,

@@ -145,15 +145,17 @@ class DecodeGraph:
             )
         if position_ids is None:
             position_ids = positions[:, -1:].long().to(input_ids.device) + 1
-        steady = self._cache.steady(attention_mask is not None)
+        masked = attention_mask is not None
+        steady = self._cache.steady(masked)
         captured = self._captured
         if captured is not None and captured.steady is steady:
             captured.input_ids.copy_(input_ids)
             captured.position_ids.copy_(position_ids)
             self._cache.repeat_step(captured.position_ids)
             return captured.replay().clone()
-        self._captured = captured = None  # what it holds is free before anything is captured anew
-        if steady is None or self._cache.layout.blocks_due(LEAST_REPEATS):
+        if captured is not None and not self._cache.lasts(captured.steady, masked):
+            self._captured = captured = None  # what it holds is free before anything grows or is captured
+        if steady is None or self._cache.moves_within(LEAST_REPEATS):
             return self._pass(input_ids, position_ids, attention_mask).logits
         self._captured = self._captured_step(steady, input_ids, position_ids, attention_mask)
         return self._captured.replay().clone()
