@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from aquakv import AquaCache, DecodeGraph, WindowConfig
+from aquakv.cache.graph import CudaCapture
 from aquakv.errors import CacheStateError, ConfigError, ShapeError
 from tiny_models import build, codec_for, feed, guarded_codec, random_tokens, shared, two_stage_codec, wide
 
@@ -367,7 +368,13 @@ def test_a_cuda_graph_is_the_forward_passes(pads, dtype, backend):
     eager, ours = (cache_of(model, codec, backend=backend) for _ in range(2))
     expected = feed(model, eager, tokens, [140, *[1] * 300], mask)
     feed(model, ours, tokens[:, :140], [140], mask[:, :140])
-    graph, replays = DecodeGraph(model, ours), 0
+    capture, captures = CudaCapture(torch.device("cuda", torch.cuda.current_device())), []
+
+    def counted(step):
+        captures.append(1)
+        return capture(step)
+
+    graph, replays = DecodeGraph(model, ours, capture=counted), 0
     for column in range(140, 440):
         steady = graph.repeats
         # What is captured already never waits for the device.
@@ -379,7 +386,8 @@ def test_a_cuda_graph_is_the_forward_passes(pads, dtype, backend):
         replays += steady
         assert torch.equal(found, expected[:, column : column + 1]), column
     same_state(ours, eager)
-    assert replays > 200
+    assert len(captures) == 2  # more room was made once
+    assert replays > 270
 
 
 @on_gpu

@@ -197,12 +197,8 @@ class AquaCache(Cache):
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
         step, self._done = self._done, None
-        if isinstance(step, PagedStep):
-            exact = self._compressed[0].exact
-            assert exact is not None  # the step held tokens there
-            step.settle(exact.tail_columns)
         if step is not None:
-            self._note_steady(step)
+            self._settle(step)
         self._in_forward, self._mask, self._positions = False, None, None
         self._custom_mask = False
 
@@ -270,16 +266,21 @@ class AquaCache(Cache):
                 self._state.look_at(self.layout, self._mask)
         return everything
 
-    def _note_steady(self, step: CacheStep) -> None:
+    def _settle(self, step: CacheStep) -> None:
+        """Bring what kernels read up to date after a pass, and note whether it can be repeated."""
+        held, self._steady = self._steady, None
         # Kernels may have attended for the last time: what was compressed may be hidden, or out of order.
         other_way = self._state.sees_some_only or not all(self.layout.successive)
         if other_way or not isinstance(step, PagedStep):
-            self._steady = None
             return
-        places, held = self._places(), self._steady
-        if held is None or held.masked != step.masked or held.places != places:
-            # Kernels have yet to run where a step that compresses has left everything.
-            self._steady = None if step.due else Steady(step.masked, places)
+        exact = self._compressed[0].exact
+        assert exact is not None  # the step held tokens there
+        step.settle(exact.tail_columns)
+        places = self._places()
+        if held is not None and held.masked == step.masked and held.places == places:
+            self._steady = held
+        elif not step.due:  # otherwise kernels have yet to run where everything is now
+            self._steady = Steady(step.masked, places)
 
     def _places(self) -> tuple[tuple[int, int], ...]:
         """Return the addresses and sizes of all that kernels read and write of what the cache holds."""
