@@ -33,7 +33,7 @@ from transformers.cache_utils import CacheLayerMixin
 from aquakv import AquaCache, DecodeGraph, ModelCodec, WindowConfig, preset
 from aquakv.cache import Outliers
 from aquakv.cache.graph import CudaCapture
-from aquakv.cache.records import storage_bytes
+from aquakv.cache.records import Records, storage_bytes
 from aquakv.codec import (
     AffinePredictor,
     EncodedPages,
@@ -382,9 +382,8 @@ def coded_row(
     to_next_block()
     step()  # compresses for the first time
     step()
-    blocks = torch.arange(len(cache.layout.pages))
     for layer in cache.layers:
-        layer.pages.select(blocks)  # copies without room
+        layer.pages.records = Records.of(layer.pages.all(), WINDOW.block_tokens)  # without room
     peak = Peak(model)
     room_ms = timed(step, model.device)[0]
     room_steps = cache.layers[0].pages.records.room // rows * WINDOW.block_tokens

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from aquakv.cache.records import LEAST_SPARE_BLOCKS, SPARE_BLOCKS, Chunk, Outliers, Records
 from aquakv.codec import EncodedPages, EncodedTokens
+from aquakv.evaluation.bench import allocated
 
 BLOCK, EACH = 128, 2
 RANDOM = torch.Generator().manual_seed(0)
@@ -38,6 +40,12 @@ def same(records, chunks):
         for one, other in zip(held.outliers.tensors, expected.tensors, strict=True):
             assert torch.equal(one, other)
     assert held.pages == records.blocks == sum(chunk.pages for chunk in chunks)
+
+
+def first_block(chunk):
+    """Return codes and outliers of a chunk's first block."""
+    codes = EncodedTokens(*(EncodedPages(kind.records[:EACH]) for kind in chunk.encoded))
+    return codes, chunk.outliers.select(torch.tensor([0]), BLOCK)
 
 
 @pytest.mark.parametrize("most", [0, 3])
@@ -86,14 +94,29 @@ def test_room_is_a_small_part():
     assert records.capacity == 1050
 
 
-def test_selected_blocks_are_copies_without_room():
+def test_one_buffer_moves_at_a_time():
+    chunk, one = chunk_of(2000), normal(1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        records = Records.of(chunk, BLOCK)
+        records.make_room(1, 0, one, one)
+    peak = max(level for _, level in allocated(profiler))
+    assert peak <= 1.01 * (chunk.encoded.nbytes + records.keys.nbytes)
+
+
+def test_selected_blocks_are_copies_with_the_same_room():
     first, second = chunk_of(2, [5, 200]), chunk_of(1, [7])
     records = Records.of(first, BLOCK)
     records.make_room(1, 1, normal(1), normal(1))
     records.append(second)
     chosen = records.select(torch.tensor([2, 0, 2]))
-    assert (chosen.blocks, chosen.room) == (3, 0)
+    assert (chosen.blocks, chosen.room) == (3, LEAST_SPARE_BLOCKS - 1)
+    same(chosen, [second, Chunk(1, *first_block(first)), second])
     assert chosen.chunk.outliers.index.tolist() == [7, 128 + 5, 256 + 7]
     assert torch.equal(chosen.chunk.encoded.keys.records[:EACH], second.encoded.keys.records)
-    assert chosen.keys.data_ptr() != records.keys.data_ptr()
+    before = [tensor.data_ptr() for tensor in chosen.tensors]
+    assert not set(before) & {tensor.data_ptr() for tensor in records.tensors}
+    chosen.make_room(1, 1, normal(1), normal(1))
+    assert [tensor.data_ptr() for tensor in chosen.tensors] == before
+    twice = records.select(torch.tensor([1, 1]))
+    assert twice.chunk.outliers.index.tolist() == [72, 128 + 72]
     assert records.select(torch.tensor([], dtype=torch.long)) is None

@@ -180,13 +180,28 @@ class Records:
         self.blocks = blocks
 
     def select(self, pages: Tensor) -> Records | None:
-        """Return copies of blocks, in the given order (int64 indices, repeats allowed); None of none."""
+        """Return copies of blocks, in the given order, with as much room for more; None of no blocks.
+
+        ``pages`` are int64 indices; they may repeat.
+        """
         if not len(pages):
             return None
-        held = self.chunk
-        codes = EncodedTokens(*(kind.select(pages, self.block_tokens) for kind in held.encoded))
-        outliers = None if held.outliers is None else held.outliers.select(pages, self.block_tokens)
-        return Records.of(Chunk(len(pages), codes, outliers), self.block_tokens)
+        each, count = self.block_records, len(pages)
+        index = (
+            (pages[:, None] * each + torch.arange(each, device=pages.device)).flatten().to(self.keys.device)
+        )
+        keys, values = (
+            _chosen(tensor, index, (count + self.room) * each) for tensor in (self.keys, self.values)
+        )
+        chosen = Records(self.block_tokens, each, keys, values, count)
+        if self.places is not None:
+            spare = len(self.places.index) - self.outlier_count
+            own = self.places.first(self.outlier_count).select(pages, self.block_tokens)
+            own = self.places.first(0) if own is None else own
+            chosen.outlier_count = len(own.index)
+            room = chosen.outlier_count + spare
+            chosen.places = Outliers(*(_longer(tensor, len(tensor), room) for tensor in own.tensors))
+        return chosen
 
     def footprint(self) -> tuple[int, int, int]:
         """Return the bytes of codes in use, of outliers in use, and of the room for more of both."""
@@ -217,6 +232,14 @@ def _records(chunk: Chunk) -> tuple[Tensor, Tensor]:
     assert isinstance(keys, EncodedPages)  # such chunks come here
     assert isinstance(values, EncodedPages)
     return keys.records, values.records
+
+
+def _chosen(held: Tensor, index: Tensor, length: int) -> Tensor:
+    """Return a buffer of a length that begins with the chosen entries of another; the rest is zeros."""
+    buffer = held.new_empty(length, *held.shape[1:])
+    torch.index_select(held, 0, index, out=buffer[: len(index)])
+    buffer[len(index) :] = 0
+    return buffer
 
 
 def _longer(held: Tensor, used: int, length: int) -> Tensor:
