@@ -6,10 +6,14 @@
 Caches are filled without a prefill: exact ones with random numbers, `AquaCache` with random codes, scales and
 outliers in as many bytes as real ones take. First `DecodeGraph` is compared with the model's own passes. The
 times are of eight steps in a row, without waiting in between. `AquaCache` runs from one compression to
-the next: the repeated steps' median, the steps around the compression, and the mean of all, from which follow
-the tokens per second. An exact step is the same every time: "exact, in place" overwrites the newest column and
-attends to all with PyTorch's grouped attention, without a mask, which is the best that can be done with it (in a
-graph transformers itself would make a mask, and attend four times as slowly); a `StaticCache` is what
+the next: the repeated steps' median, the step that compresses, and the mean of all, from which follow the
+tokens per second. The mean has its share of the steps that make room for more blocks and capture anew, once
+in ``room_steps``. With ``--steps`` only so many steps are timed behind one that compresses and makes room at
+once; what that takes then counts in full once in every block, which is more than it takes.
+
+An exact step is the same every time: "exact, in place" overwrites the newest column and attends to all with
+PyTorch's grouped attention, without a mask, which is the best that can be done with it (in a graph
+transformers itself would make a mask, and attend four times as slowly); a `StaticCache` is what
 transformers offers. Peaks are the allocator's, during those steps, without the weights.
 """
 
@@ -40,7 +44,7 @@ from transformers.cache_utils import CacheLayerMixin
 from aquakv import AquaCache, DecodeGraph, ModelCodec, WindowConfig, preset
 from aquakv.cache import Outliers
 from aquakv.cache.graph import CudaCapture
-from aquakv.cache.storage import storage_bytes
+from aquakv.cache.records import Records, storage_bytes
 from aquakv.codec import (
     AffinePredictor,
     EncodedPages,
@@ -382,8 +386,11 @@ def coded_row(
     context: int,
     graph: bool,
     backend: Any,
+    steps: int | None = None,
 ) -> dict[str, Any]:
-    """Time `AquaCache` from one compression to the next, once everything has been compiled."""
+    """Time `AquaCache` from one compression to the next, and what it takes to make room for more of them."""
+    if steps is not None:
+        return few_steps_row(model, name, codec, rows, context, graph, backend, steps)
     cache = filled_cache(model, codec, rows, context, backend)
     decoder = DecodeGraph(model, cache) if graph else None
     tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
@@ -394,47 +401,103 @@ def coded_row(
         positions = torch.full((rows, 1), cache.layout.columns, device=model.device)
         return model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
-    def due() -> bool:
-        return bool(cache.layout.blocks_due(1))
+    def to_next_block() -> list[float]:
+        found: list[float] = []
+        while not cache.layout.blocks_due(1):
+            count = next(n for n in range(1, GROUP + 1) if n == GROUP or cache.layout.blocks_due(n + 1))
+            found += timed(step, model.device, count)
+        return found
 
-    while not due():
-        step()
+    to_next_block()
     step()  # compresses for the first time
-    while not due():
-        step()
+    step()
+    for layer in cache.layers:
+        layer.pages.records = Records.of(layer.pages.all(), WINDOW.block_tokens)  # without room
     peak = Peak(model)
-    times: dict[str, list[float]] = {"after": [], "capture": [], "repeated": []}
-    times["compression"] = timed(step, model.device)
-    times["after"] = timed(step, model.device)
-    if decoder is not None:
-        times["capture"] = timed(step, model.device)
-    while not due():
-        count = next(n for n in range(1, GROUP + 1) if n == GROUP or cache.layout.blocks_due(n + 1))
-        times["repeated"] += timed(step, model.device, count)
-    every = [t for kind in times.values() for t in kind]
+    room_ms = timed(step, model.device)[0]
+    room_steps = cache.layers[0].pages.records.room // rows * WINDOW.block_tokens
+    capture_ms = timed(step, model.device)[0] if decoder is not None else None
+    to_next_block()
+    compression = timed(step, model.device)
+    repeated = to_next_block()
+    every = [*compression, *repeated]
+    usual = statistics.median(repeated)
+    beside = room_ms - usual + (0.0 if capture_ms is None else capture_ms - usual)
     footprint = cache.footprint()
     return {
         "contestant": name,
-        **quantiles(times["repeated"]),
-        "mean_ms": statistics.mean(every),
-        "compression_ms": times["compression"][0],
-        "after_compression_ms": times["after"][0],
-        "capture_ms": times["capture"][0] if times["capture"] else None,
+        **quantiles(repeated),
+        "mean_ms": statistics.mean(every) + beside / room_steps,
+        "compression_ms": compression[0],
+        "make_room_ms": room_ms,
+        "capture_ms": capture_ms,
         "block_steps": len(every),
+        "room_steps": room_steps,
         "held_bytes": footprint.total_bytes,
+        "spare_bytes": footprint.spare_bytes,
+        "bits_per_value": footprint.bits_per_value,
+        **peak.fields(),
+    }
+
+
+def few_steps_row(
+    model: LlamaForCausalLM,
+    name: str,
+    codec: ModelCodec,
+    rows: int,
+    context: int,
+    graph: bool,
+    backend: Any,
+    steps: int,
+) -> dict[str, Any]:
+    """Time a step that compresses and makes room, a capture and a few repeated steps."""
+    block = WINDOW.block_tokens
+    # The last context up to this one behind which a block falls due.
+    first = WINDOW.sink_tokens + (context + 1 - WINDOW.sink_tokens) // block * block - 1
+    tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
+    for warm in (False, True):
+        cache = None  # the one before is freed first
+        cache = filled_cache(model, codec, rows, first, backend)
+        decoder = DecodeGraph(model, cache) if graph else None
+
+        def step(cache: AquaCache = cache, decoder: DecodeGraph | None = decoder) -> Tensor:
+            if decoder is not None:
+                return decoder.step(tokens)
+            positions = torch.full((rows, 1), cache.layout.columns, device=model.device)
+            return model(input_ids=tokens, position_ids=positions, past_key_values=cache).logits
+
+        peak = Peak(model)
+        compression = timed(step, model.device)[0]
+        capture = timed(step, model.device)[0]
+        if not warm:
+            del step, decoder
+    repeated = [t for _ in range(-(-steps // GROUP)) for t in timed(step, model.device, GROUP)]
+    usual, footprint = statistics.median(repeated), cache.footprint()
+    return {
+        "contestant": name,
+        **quantiles(repeated),
+        "mean_ms": (compression + capture + (block - 2) * usual) / block,
+        "compression_ms": compression,
+        "make_room_ms": compression,
+        "capture_ms": capture if graph else None,
+        "block_steps": len(repeated) + 2,
+        "room_steps": block,
+        "held_bytes": footprint.total_bytes,
+        "spare_bytes": footprint.spare_bytes,
         "bits_per_value": footprint.bits_per_value,
         **peak.fields(),
     }
 
 
 def largest_difference(model: LlamaForCausalLM, codec: ModelCodec, backend: Any) -> float:
-    """Return how far graphs and the model's own passes are apart, over the largest logit."""
-    tokens = torch.randint(1, 300, (2, 12), device=model.device)
-    caches = [filled_cache(model, codec, 2, 520, backend) for _ in range(2)]
+    """Return how far graphs and the model's own passes are apart, over the largest logit, past a block."""
+    first = WINDOW.sink_tokens + 5 * WINDOW.block_tokens - 8
+    tokens = torch.randint(1, 300, (2, 16), device=model.device)
+    caches = [filled_cache(model, codec, 2, first, backend) for _ in range(2)]
     graph, worst = DecodeGraph(model, caches[0]), 0.0
     for column in range(tokens.shape[1]):
         token = tokens[:, column : column + 1]
-        positions = torch.full((2, 1), 520 + column, device=model.device)
+        positions = torch.full((2, 1), first + column, device=model.device)
         ours = graph.step(token)
         theirs = model(input_ids=token, position_ids=positions, past_key_values=caches[1]).logits
         worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
@@ -481,7 +544,9 @@ def measure(
             found.append(row | {"setting": ""})
         for setting, codec in codecs.items():
             name = "AquaCache" + suffix
-            call = functools.partial(coded_row, model, name, codec, rows, context, graph, backend)
+            call = functools.partial(
+                coded_row, model, name, codec, rows, context, graph, backend, options.steps
+            )
             found.append(attempt(call, name) | {"setting": setting})
     exact_ms = found[0].get("mean_ms")
     for row in found:
@@ -502,6 +567,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[32768])
     parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=["1.9 bit, rank 64"])
     parser.add_argument("--replays", type=int, default=48)
+    parser.add_argument("--steps", type=int, help="time only so many repeated steps, not a whole block")
     parser.add_argument("--static", action="store_true", help="also time transformers' StaticCache")
     parser.add_argument("--eager", action="store_true", help="also time steps without a graph")
     parser.add_argument("--out", type=Path, required=True)
@@ -534,8 +600,9 @@ def _line(row: dict[str, Any]) -> str:
     line = f"{head} {row['median_ms']:8.2f} ms, mean {row['mean_ms']:8.2f}"
     line += f", {row['tokens_per_second']:8.1f} token/s"
     if row.get("compression_ms"):
-        line += f", compression {row['compression_ms']:.0f} + {row['after_compression_ms']:.0f}"
+        line += f", compression {row['compression_ms']:.0f} ms, room {row['make_room_ms']:.0f}"
         line += f" + {row['capture_ms']:.0f} ms" if row["capture_ms"] else " ms"
+        line += f" every {row['room_steps']} steps"
     peak = row["peak_bytes"]
     return f"{line}, held {row['held_bytes'] / 2**30:.2f} GiB" + (
         f", peak {peak / 2**30:.2f}" if peak else ""

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aquakv import AquaCache, WindowConfig
 from aquakv.cache import paged
 from aquakv.cache.fused import CodedView
-from aquakv.cache.paged import PagedView, PageTables, why_not_paged
+from aquakv.cache.paged import PagedView, why_not_paged
+from aquakv.cache.records import storage_bytes
 from aquakv.cache.step import CacheStep
+from aquakv.cache.tables import PageTables
 from aquakv.errors import ConfigError
 from aquakv.kernels import CodedAttention, hopper
 from tiny_models import (
@@ -299,7 +301,7 @@ def test_generation_and_beams(steps):
 
 def test_tables_and_operands_are_made_once(monkeypatch):
     model, codec = shared("llama"), dataclasses.replace(codec_named("guarded"))
-    made = {"tables": 0, "operands": 0, "outliers": 0}
+    made = {"tables": 0, "updates": 0, "operands": 0, "outliers": 0}
 
     def counting(name, method):
         def call(*args, **kwargs):
@@ -309,35 +311,78 @@ def test_tables_and_operands_are_made_once(monkeypatch):
         return call
 
     monkeypatch.setattr(PageTables, "build", counting("tables", PageTables.build))
+    monkeypatch.setattr(PageTables, "update", counting("updates", PageTables.update))
     monkeypatch.setattr(PageTables, "group", counting("outliers", PageTables.group))
     monkeypatch.setattr(paged, "decode_operands", counting("operands", paged.decode_operands))
     tokens, cache = random_tokens(2, 140, seed=3), cache_of(model, codec)
     feed(model, cache, tokens[:, :129], [70, *[1] * 59])
-    assert made == {"tables": 1, "operands": 3, "outliers": 3}
+    assert made == {"tables": 1, "updates": 1, "operands": 3, "outliers": 3}
     feed(model, cache, tokens[:, 129:134], [1] * 5)  # the first of these compresses
-    assert made == {"tables": 2, "operands": 3, "outliers": 6}
+    assert made == {"tables": 1, "updates": 2, "operands": 3, "outliers": 6}
     assert cache.footprint().position_bytes > cache.layout.positions.nbytes
     cache.reorder_cache(torch.tensor([1, 0]))
     feed(model, cache, tokens[[1, 0], 134:], [1] * 6)
-    assert made == {"tables": 3, "operands": 3, "outliers": 9}
+    assert made == {"tables": 2, "updates": 3, "operands": 3, "outliers": 9}
     feed(model, cache_of(model, codec), tokens[:, :72], [70, 1, 1])
-    assert made == {"tables": 4, "operands": 3, "outliers": 12}
+    assert made == {"tables": 3, "updates": 4, "operands": 3, "outliers": 12}
 
 
-def test_page_turns_of_hopper_kernels_count():
-    """They lie beside the rotary tables, for as long as these do."""
+class Turning:
+    """Stands in for operands that make turns of pages: their cosines."""
+
+    @staticmethod
+    def page_turns(rotary):
+        return rotary.page_cos.clone()
+
+
+def test_page_turns_of_hopper_kernels():
+    """They lie beside the rotary tables, count and change with them, and go with them."""
     model, codec = shared("llama"), codec_for("llama", "decode")
     cache = cache_of(model, codec)
     feed(model, cache, random_tokens(1, 129), [70, *[1] * 59])
     before = cache.footprint().position_bytes
     (tables,) = cache._state._tables.values()
-    hopper._turns[tables.rotary] = {"one": torch.zeros(128), "other": torch.zeros(1, 2, 8, 2)}
-    assert cache.footprint().position_bytes == before + 4 * (128 + 32)
+    turns = Turning.page_turns(tables.rotary)
+    hopper._turns[tables.rotary] = {"any": (Turning, turns)}
+    assert cache.footprint().position_bytes == before + turns.nbytes
     kept = len(hopper._turns)
-    del tables
+    assert not turns[0, 1].any()
     feed(model, cache, random_tokens(1, 2), [1, 1])  # the first of these compresses
+    assert turns[0, 1].any()
+    assert torch.equal(turns, tables.rotary.page_cos)
+    del tables
+    cache.batch_repeat_interleave(2)
+    feed(model, cache, random_tokens(2, 1), [1])
     gc.collect()
     assert len(hopper._turns) == kept - 1
+
+
+def test_room_for_more(steps):
+    """It is made ahead, for all layers alike; bits are those of what is in use."""
+    model, codec = shared("llama"), codec_named("guarded")
+    cache, general = cache_of(model, codec), cache_of(model, codec, attention="general")
+    for one in (cache, general):
+        feed(model, one, random_tokens(2, 200), [140, *[1] * 60])
+    found, exact = cache.footprint(), general.footprint()
+    assert (found.code_bytes, found.outlier_bytes) == (exact.code_bytes, exact.outlier_bytes)
+    assert exact.spare_bytes == 0
+    # Room for eight blocks was made, two have come.
+    assert found.spare_bytes == 6 * (found.code_bytes + found.outlier_bytes) / 6
+    assert (
+        found.total_bytes
+        == found.held_bytes
+        == found.coded_bytes + sum((found.spare_bytes, found.sink_bytes, found.tail_bytes))
+    )
+    everything = [
+        *cache._state.tensors,
+        *(tables.block_rows for tables in cache._state._tables.values()),
+        *(tensor for layer in cache._compressed for tensor in layer.pages.records.tensors),
+        *(tensor for layer in cache._compressed for tensor in layer.exact.tensors),
+        cache.layout.positions,
+    ]
+    assert found.total_bytes == storage_bytes(*everything)
+    tables = found.position_bytes - exact.position_bytes
+    assert found.bits_per_value == 8 * (exact.coded_bytes + tables) / exact.coded_values
 
 
 def test_the_default_on_a_cpu_is_the_other_way(steps):

@@ -77,6 +77,6 @@ def test_a_decode_step_takes_little_beside_the_codes(rows, wide_model):
     codes = rows * 32640 * kept
     assert 0 < row["code_bytes"] - row["outlier_bytes"] - codes < 0.01 * codes  # positions, tables
     assert row["outlier_bytes"] == rows * 255 * 32 * (2 * 2048 + 4)
-    assert row["peak_bytes"] <= 1.25 * codes  # 1.16 and 1.15 by count, see docs/kernels.md
+    assert row["peak_bytes"] <= 1.25 * codes  # 1.20 and 1.19 by count, see docs/kernels.md
     assert row["steady_bytes"] <= 1.15 * codes
     assert row["peak_ratio_to_exact"] < 1 / 5

@@ -5,7 +5,8 @@ from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.graph import DecodeGraph
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
+from aquakv.cache.records import Outliers
+from aquakv.cache.storage import CodedPages, ExactTokens
 
 __all__ = [
     "AquaCache",

@@ -18,8 +18,9 @@ from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
 from aquakv.cache.reconstruct import Reconstructor
+from aquakv.cache.records import storage_bytes
 from aquakv.cache.step import CacheStep
-from aquakv.cache.storage import CodedPages, storage_bytes
+from aquakv.cache.storage import CodedPages
 from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError, ConfigError
@@ -34,16 +35,19 @@ AttentionChoice = Literal["auto", "fused", "general"]
 
 
 class Steady:
-    """Stands for a run of steps that differ in their tokens only; compared by identity.
+    """Stands for steps that differ in their tokens and in what tensors hold; compared by identity.
 
     Attributes
     ----------
     masked
         Whether they are given an attention mask.
+    places
+        Addresses and sizes of what they read and write.
     """
 
-    def __init__(self, masked: bool) -> None:
+    def __init__(self, masked: bool, places: tuple[tuple[int, int], ...]) -> None:
         self.masked = masked
+        self.places = places
 
 
 _HALFWAY = "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
@@ -119,6 +123,7 @@ class AquaCache(Cache):
             ModelHooks.accept_views(self._adapter)
         self._order = {layer: index for index, layer in enumerate(self._adapter.compressed_layers)}
         self._step: CacheStep | None = None
+        self._done: CacheStep | None = None
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         self._custom_mask = False
@@ -191,6 +196,9 @@ class AquaCache(Cache):
 
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
+        step, self._done = self._done, None
+        if step is not None:
+            self._settle(step)
         self._in_forward, self._mask, self._positions = False, None, None
         self._custom_mask = False
 
@@ -253,17 +261,36 @@ class AquaCache(Cache):
         everything = step.run_layer(layer_idx, codec, layer.pages, exact, key_states, value_states)
         if step.next_layer == len(self._order):
             step.finish()
-            self._step = None
+            self._step, self._done = None, step
             if self._paged and (step.due or key_states.shape[2] > 1):
                 self._state.look_at(self.layout, self._mask)
-            self._note_steady(step)
         return everything
 
-    def _note_steady(self, step: CacheStep) -> None:
-        if not isinstance(step, PagedStep) or step.due:
-            self._steady = None
-        elif self._steady is None or self._steady.masked != step.masked:
-            self._steady = Steady(step.masked)
+    def _settle(self, step: CacheStep) -> None:
+        """Bring what kernels read up to date after a pass, and note whether it can be repeated."""
+        held, self._steady = self._steady, None
+        # Kernels may have attended for the last time: what was compressed may be hidden, or out of order.
+        other_way = self._state.sees_some_only or not all(self.layout.successive)
+        if other_way or not isinstance(step, PagedStep):
+            return
+        exact = self._compressed[0].exact
+        assert exact is not None  # the step held tokens there
+        step.settle(exact.tail_columns)
+        places = self._places()
+        if held is not None and held.masked == step.masked and held.places == places:
+            self._steady = held
+        elif not step.due:  # otherwise kernels have yet to run where everything is now
+            self._steady = Steady(step.masked, places)
+
+    def _places(self) -> tuple[tuple[int, int], ...]:
+        """Return the addresses and sizes of all that kernels read and write of what the cache holds."""
+        tensors = list(self._state.tensors)
+        for layer in self._compressed:
+            records, exact = layer.pages.records, layer.exact
+            assert records is not None  # as in every such cache
+            assert exact is not None
+            tensors += [*records.tensors, *exact.tensors]
+        return tuple((tensor.data_ptr(), tensor.numel()) for tensor in tensors)
 
     def _begin_step(self, key_states: Tensor) -> None:
         if self._step is not None:
@@ -320,18 +347,34 @@ class AquaCache(Cache):
     def steady(self, masked: bool) -> Steady | None:
         """Return what the next step of one token a row has in common with the last, if it can repeat it.
 
-        It can if kernels attended in the last one, with a mask or without as in the next; if neither
-        compresses anything, and all sinks are there. As long as the same object is returned, all tensors that
-        the cache holds stay where they are.
+        It can if kernels attended in the last one, with a mask or without as in the next; if the next one
+        compresses nothing and makes no room, and all sinks are there. As long as the same object is returned,
+        all tensors that the cache holds stay where they are.
         """
         layout = self.layout
         self._require_intact()
         if self._steady is None or self._steady.masked != masked:
             return None
         least = max(1, self.window.sink_tokens)
-        if any(length < least for length in layout.lengths()) or layout.blocks_due(1):
+        if any(length < least for length in layout.lengths()) or layout.blocks_due(1) or not self._has_room():
             return None
         return self._steady
+
+    def lasts(self, steady: Steady, masked: bool) -> bool:
+        """Tell whether steps captured under ``steady`` can be repeated now or after the next step.
+
+        They can if the next one repeats them, or compresses blocks for which there is room.
+        """
+        return self._steady is steady and steady.masked == masked and self._has_room()
+
+    def moves_within(self, steps: int) -> bool:
+        """Tell whether so many steps of one token a row use up the room, so that all moves to more of it."""
+        return not self._has_room(len(self.layout.blocks_due(steps)))
+
+    def _has_room(self, blocks: int = 0) -> bool:
+        """Tell whether there is room for these and for another block of every row at all layers."""
+        records = (layer.pages.records for layer in self._compressed)
+        return all(one is not None and one.room >= blocks + self.layout.rows for one in records)
 
     def prepare_step(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Add a column for a step that `steady` allows; the model's next pass computes only.
@@ -349,7 +392,9 @@ class AquaCache(Cache):
         self.layout.append(1, position_ids, None, self.layout.rows)
         step = self._paged_step(before, attention_mask)
         self._prepared = step
-        step.places_on(self._compressed[0].device, self._adapter.compressed_layers[0])
+        first = self._compressed[0]
+        assert first.pages.records is not None  # there was a step before
+        step.places_on(first.device, self._adapter.compressed_layers[0], first.pages.records)
 
     def repeat_step(self, position_ids: Tensor) -> None:
         """Add a column for a step that a graph computes, once `steady` has allowed it; host's part only."""
@@ -357,7 +402,7 @@ class AquaCache(Cache):
         for layer in self._compressed:
             assert layer.exact is not None  # there was a step before
             layer.exact.tail_columns += 1
-        self._state.columns_on(self._compressed[0].device, self.layout.columns)
+        self._state.count_columns(self._compressed[0].device, self.layout.columns)
 
     def give_up_step(self) -> None:
         """Note that a prepared step was not computed to its end: the cache has to be reset."""
@@ -367,7 +412,7 @@ class AquaCache(Cache):
 
     def reset(self) -> None:
         """Drop all tokens; the cache is as new."""
-        self._step = self._prepared = None
+        self._step = self._done = self._prepared = None
         self._broken = False
         self._build()
 
@@ -428,13 +473,14 @@ class AquaCache(Cache):
 
     def footprint(self) -> Footprint:
         """Return the bytes that the cache holds, by part, from its tensors' storages."""
-        words = scales = outliers = sinks = tail = other = itemsize = 0
+        words = scales = outliers = spare = sinks = tail = other = itemsize = 0
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):
                 other += storage_bytes(layer.keys, layer.values)
                 continue
-            layer_words, layer_scales, layer_outliers = layer.pages.footprint()
-            words, scales, outliers = words + layer_words, scales + layer_scales, outliers + layer_outliers
+            codes, layer_scales, layer_outliers, room = layer.pages.footprint()
+            words, scales, outliers = words + codes, scales + layer_scales, outliers + layer_outliers
+            spare += room
             if layer.exact is not None:
                 layer_sinks, layer_tail = layer.exact.footprint()
                 sinks, tail = sinks + layer_sinks, tail + layer_tail
@@ -446,6 +492,7 @@ class AquaCache(Cache):
             scale_bytes=scales,
             outlier_bytes=outliers,
             position_bytes=storage_bytes(self.layout.positions) + self._state.footprint(),
+            spare_bytes=spare,
             sink_bytes=sinks,
             tail_bytes=tail,
             other_layer_bytes=other,

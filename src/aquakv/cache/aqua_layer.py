@@ -58,6 +58,6 @@ class AquaLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop everything."""
-        self.pages.chunks.clear()
+        self.pages.clear()
         self.exact = None
         self.is_initialized = False

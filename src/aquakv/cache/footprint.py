@@ -18,7 +18,11 @@ class Footprint:
         Compressed tokens that are kept exactly beside their codes, with their indices; counted with the
         compressed region.
     position_bytes
-        Position ids of all tokens; counted with the compressed region.
+        Position ids of all tokens, and tables of pages for kernels, with the room that these have for more;
+        counted with the compressed region.
+    spare_bytes
+        Room for more codes and outliers, which steps of one token a row make ahead; part of all that is held,
+        but of no compressed value.
     sink_bytes, tail_bytes
         Tokens kept in the model's dtype: sinks, and the newest ones, with the room that a layer has for more.
     other_layer_bytes
@@ -35,6 +39,7 @@ class Footprint:
     scale_bytes: int
     outlier_bytes: int
     position_bytes: int
+    spare_bytes: int
     sink_bytes: int
     tail_bytes: int
     other_layer_bytes: int
@@ -44,13 +49,18 @@ class Footprint:
 
     @property
     def coded_bytes(self) -> int:
-        """Bytes of the compressed region."""
+        """Bytes of the compressed region, without room for more."""
         return self.code_bytes + self.scale_bytes + self.outlier_bytes + self.position_bytes
 
     @property
     def total_bytes(self) -> int:
         """Bytes of everything that the cache holds."""
-        return self.coded_bytes + self.sink_bytes + self.tail_bytes + self.other_layer_bytes
+        return self.held_bytes + self.other_layer_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the compressed layers hold."""
+        return self.coded_bytes + self.spare_bytes + self.sink_bytes + self.tail_bytes
 
     @property
     def bits_per_value(self) -> float | None:
@@ -59,9 +69,8 @@ class Footprint:
 
     @property
     def bits_per_value_total(self) -> float | None:
-        """Measured bits per value of the compressed layers, exact tokens included; None while empty."""
-        held = self.coded_bytes + self.sink_bytes + self.tail_bytes
-        return 8 * held / self.total_values if self.total_values else None
+        """Measured bits per value of the compressed layers, exact tokens and room included."""
+        return 8 * self.held_bytes / self.total_values if self.total_values else None
 
     def to_dict(self) -> dict[str, int | float | None]:
         """Return all figures by name."""
@@ -75,7 +84,7 @@ class Footprint:
         exact_tokens = self.sink_bytes + self.tail_bytes
         return (
             f"{self.total_bytes / 2**20:.2f} MiB (codes {self.code_bytes / 2**20:.2f}, scales "
-            f"{self.scale_bytes / 2**20:.2f}, outliers {self.outlier_bytes / 2**20:.2f}, exact tokens "
-            f"{exact_tokens / 2**20:.2f}; "
+            f"{self.scale_bytes / 2**20:.2f}, outliers {self.outlier_bytes / 2**20:.2f}, room for more "
+            f"{self.spare_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}; "
             f"{bits}); an exact cache holds {self.exact_cache_bytes / 2**20:.2f} MiB"
         )

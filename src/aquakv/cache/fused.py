@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
+from aquakv.cache.records import Outliers
 from aquakv.cache.step import Blocks, CodesStep, reconstruction_dtype
-from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
+from aquakv.cache.storage import CodedPages, ExactTokens
 from aquakv.codec import LayerCodec, LinearTransform, ModelCodec, ScalarQuantizer
 from aquakv.codec.latent import require_latents
 from aquakv.config import GuardConfig

@@ -23,7 +23,7 @@ Replay = Callable[[], Tensor]
 #: returns its replay. It may run the step, but need not: whoever captures replays at once.
 Capture = Callable[[Callable[[], Tensor]], Replay]
 
-#: Capturing takes longer than a step; it must save so many before a block falls due.
+#: Capturing takes longer than a step; it must save so many before the cache needs more room.
 LEAST_REPEATS = 8
 
 #: Arguments of a forward pass that a repeated step takes, or that do not matter to a single token.
@@ -55,8 +55,10 @@ class DecodeGraph:
 
     A step of one token a row in which kernels attend to the codes does the same work as the one before it
     until a block falls due. It is captured once and repeated then; the host only counts the columns. Steps
-    that compress a block, the first after it, steps that end less than `LEAST_REPEATS` before the next block,
-    and whatever is not such a step, are the model's own. Results are the same.
+    that compress a block are the model's own; its codes go where there is room for them, and the same graph
+    is repeated afterwards. Once the room is used up, one step of the model's own makes more of it, and the
+    next is captured anew. Nothing is captured that would be repeated less than `LEAST_REPEATS` times before
+    that. Whatever is not such a step is the model's own as well. Results are the same.
 
     Parameters
     ----------
@@ -81,7 +83,7 @@ class DecodeGraph:
     Notes
     -----
     As with kernels in general (see `AquaCache`), the attention mask of repeated steps is taken to say of
-    older tokens what it said when the step was captured, and to let the new ones be seen.
+    older tokens what it said at the last step that was the model's own, and to let the new ones be seen.
     """
 
     def __init__(self, model: PreTrainedModel, cache: AquaCache, *, capture: Capture | None = None) -> None:
@@ -145,15 +147,17 @@ class DecodeGraph:
             )
         if position_ids is None:
             position_ids = positions[:, -1:].long().to(input_ids.device) + 1
-        steady = self._cache.steady(attention_mask is not None)
+        masked = attention_mask is not None
+        steady = self._cache.steady(masked)
         captured = self._captured
         if captured is not None and captured.steady is steady:
             captured.input_ids.copy_(input_ids)
             captured.position_ids.copy_(position_ids)
             self._cache.repeat_step(captured.position_ids)
             return captured.replay().clone()
-        self._captured = captured = None  # what it holds is free before anything is captured anew
-        if steady is None or self._cache.layout.blocks_due(LEAST_REPEATS):
+        if captured is not None and not self._cache.lasts(captured.steady, masked):
+            self._captured = captured = None  # what it holds is free before anything grows or is captured
+        if steady is None or self._cache.moves_within(LEAST_REPEATS):
             return self._pass(input_ids, position_ids, attention_mask).logits
         self._captured = self._captured_step(steady, input_ids, position_ids, attention_mask)
         return self._captured.replay().clone()

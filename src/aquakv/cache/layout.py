@@ -40,6 +40,8 @@ class TokenLayout:
         For each of ``pages`` whether its tokens have successive positions.
     version
         Rises whenever ``starts``, ``coded`` or ``pages`` change.
+    selections
+        Rises whenever rows are selected. Otherwise pages are only ever added behind the others.
     """
 
     window: WindowConfig
@@ -49,6 +51,7 @@ class TokenLayout:
     pages: list[tuple[int, int]] = field(default_factory=list)
     successive: list[bool] = field(default_factory=list)
     version: int = 0
+    selections: int = 0
     _positions: Tensor | None = None
 
     @property
@@ -189,6 +192,7 @@ class TokenLayout:
         ]
         self.successive = [self.successive[index] for index in source]
         self.version += 1
+        self.selections += 1
         self.starts = [self.starts[row] for row in rows]
         self.coded = [self.coded[row] for row in rows]
         if self.positions is not None:

@@ -2,7 +2,8 @@
 
 What the kernels need to know of pages is the same at all layers and changes with the pages only, so that a
 step in which nothing is compressed makes no tensor out of the host's numbers and waits for nothing. Of what
-the host knows only the number of columns changes from step to step; the device has it in one tensor.
+the host knows only the number of columns changes from step to step; the device has it in one tensor. Where a
+block is compressed, records and tables have room for it (`records`, `tables`) and stay where they are.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
+from aquakv.cache.records import Records, storage_bytes
 from aquakv.cache.step import CodesStep
-from aquakv.cache.storage import CodedPages, ExactTokens, Outliers, storage_bytes
-from aquakv.codec import EncodedPages, LayerCodec, ModelCodec
+from aquakv.cache.storage import CodedPages, ExactTokens
+from aquakv.cache.tables import ExactPlaces, OutlierRows, PageTables
+from aquakv.codec import LayerCodec, ModelCodec
 from aquakv.config import GuardConfig
-from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes, hopper
+from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.exact import HeldTokens, attend_exact
 from aquakv.kernels.from_codec import decode_operands
@@ -55,157 +58,6 @@ def attends_with_kernels(backend: Backend, head_dim: int, like: Tensor) -> bool:
     return backend != "auto" or (chosen == "triton" and head_dim in HEAD_DIMS)
 
 
-@dataclass(frozen=True)
-class OutlierRows:
-    """A layer's outliers by row.
-
-    Attributes
-    ----------
-    index
-        ``[rows, most]`` int64: which of the layer's outliers; None for a single row, which has them all.
-    present
-        ``[rows, most]`` bool: whether there is such an outlier.
-    """
-
-    index: Tensor | None
-    present: Tensor
-
-
-@dataclass(frozen=True)
-class PageTables:
-    """Where the pages of each row are, on one device; the same at all layers.
-
-    Attributes
-    ----------
-    table, lengths
-        As in `PagedCodes`.
-    rotary
-        Of the pages.
-    starts, coded
-        ``[rows, 1]`` int64: column of each row's first token; its compressed tokens.
-    block_rows
-        ``[blocks]`` int64: the row of every block, in storage order.
-    most_blocks
-        Blocks of the row that has most.
-    """
-
-    table: Tensor
-    lengths: Tensor
-    rotary: PageRotary
-    starts: Tensor
-    coded: Tensor
-    block_rows: Tensor
-    most_blocks: int
-
-    @classmethod
-    def build(
-        cls,
-        layout: TokenLayout,
-        adapter: ModelAdapter,
-        layer_idx: int,
-        device: torch.device,
-    ) -> PageTables:
-        """Build the tables."""
-        each = layout.window.block_tokens // PAGE_TOKENS
-        numbers: list[list[int]] = [[] for _ in range(layout.rows)]
-        columns: list[list[int]] = [[] for _ in range(layout.rows)]
-        for block, (row, first) in enumerate(layout.pages):
-            numbers[row].extend(range(block * each, (block + 1) * each))
-            columns[row].extend(row * layout.columns + first + PAGE_TOKENS * page for page in range(each))
-        most = max(map(len, numbers))
-
-        def on_device(values: list[list[int]] | list[int], kind: torch.dtype) -> Tensor:
-            # From memory that is not pinned the copy is over when the call returns, but nobody waits for it.
-            return torch.tensor(values, dtype=kind).to(device, non_blocking=True)
-
-        def padded(lists: list[list[int]]) -> list[list[int]]:
-            return [[*numbers, *[0] * (most - len(numbers))] for numbers in lists]
-
-        assert layout.positions is not None  # set by layout.append
-        first_tokens = on_device(padded(columns), torch.int64)
-        positions = layout.positions.to(device).flatten()[first_tokens.flatten()]
-        offsets = torch.arange(PAGE_TOKENS, device=device)
-        found = adapter.rotary_tables(torch.cat([positions, offsets]), layer_idx, torch.float32, device)
-        cos, sin = (table[:, 0] for table in found)
-        shape = (layout.rows, most, -1)
-        rotary = PageRotary.from_model(
-            (cos[:-PAGE_TOKENS].view(shape), sin[:-PAGE_TOKENS].view(shape)),
-            (cos[-PAGE_TOKENS:], sin[-PAGE_TOKENS:]),
-            torch.float32,
-        )
-        return cls(
-            on_device(padded(numbers), torch.int32),
-            on_device(layout.coded, torch.int32),
-            rotary,
-            on_device(layout.starts, torch.int64)[:, None],
-            on_device(layout.coded, torch.int64)[:, None],
-            on_device([row for row, _ in layout.pages], torch.int64),
-            most // each,
-        )
-
-    def group(self, outliers: Outliers, block_tokens: int, most_per_block: int) -> OutlierRows:
-        """Return outliers by row, without asking the device how many each row has."""
-        count, rows = len(outliers.index), len(self.table)
-        if rows == 1:
-            return OutlierRows(None, torch.ones(1, count, dtype=torch.bool, device=outliers.index.device))
-        most = min(count, self.most_blocks * most_per_block)
-        row = self.block_rows[outliers.index.long() // block_tokens]
-        own = row[:, None] == torch.arange(rows, device=row.device)
-        place = own.cumsum(0).gather(1, row[:, None])[:, 0] - 1
-        index = torch.zeros(rows, most, dtype=torch.int64, device=row.device)
-        index[row, place] = torch.arange(count, device=row.device)
-        present = torch.arange(most, device=row.device) < own.sum(0)[:, None]
-        return OutlierRows(index, present)
-
-    def allowed(self, layout: TokenLayout, first_column: int, capacity: int, mask: Tensor) -> Tensor:
-        """Return what a mask allows of sinks and of ``capacity`` columns, ``[rows, sinks + capacity]`` bool.
-
-        Of columns that are not there yet, all.
-        """
-        device, sinks = self.starts.device, layout.window.sink_tokens
-        real = mask[:, : layout.columns].to(device, non_blocking=True).ne(0).expand(layout.rows, -1)
-        column = (self.starts + torch.arange(sinks, device=device)).clamp(max=layout.columns - 1)
-        later = real.new_ones(layout.rows, first_column + capacity - layout.columns)
-        return torch.cat([real.gather(1, column), real[:, first_column:], later], 1)
-
-    def exact_seen(self, places: ExactPlaces, sinks: int) -> Tensor:
-        """Return which sinks and columns each row's new token sees, ``[rows, sinks + capacity]`` bool."""
-        device, first = self.starts.device, places.first_column
-        columns = torch.arange(first, first + places.capacity, device=device)
-        held = (places.columns - 1 - self.starts).clamp(0, sinks)  # sinks kept before this pass
-        seen = columns >= self.starts + torch.where(self.coded > 0, sinks + self.coded, held)
-        seen = torch.cat([torch.arange(sinks, device=device) < held, seen & (columns < places.columns)], 1)
-        return seen if places.allowed is None else seen & places.allowed
-
-
-@dataclass(frozen=True)
-class ExactPlaces:
-    """Where a pass's exact tokens are, on one device; the same at all layers.
-
-    Attributes
-    ----------
-    columns
-        ``[1]`` int64: all columns, the new one included. Nothing else changes from pass to pass until
-        something is compressed.
-    first_column
-        Where the tail begins.
-    capacity
-        Columns that the tail has room for.
-    allowed
-        ``[rows, sinks + capacity]`` bool: what the mask allows; None without a mask.
-    """
-
-    columns: Tensor
-    first_column: int
-    capacity: int
-    allowed: Tensor | None
-
-    @property
-    def new(self) -> Tensor:
-        """``[1]`` int64: where in the tail the new column goes."""
-        return self.columns - (self.first_column + 1)
-
-
 class LateAnswer:
     """A truth that a device works out, read later: by then the host hardly has to wait for it.
 
@@ -232,22 +84,51 @@ class LateAnswer:
 
 
 class PagedState:
-    """What a cache keeps for kernels between steps, made anew when its pages or rows have changed."""
+    """What a cache keeps for kernels between steps.
+
+    It is brought up to date in place when pages are added, and made anew when rows are selected or there is
+    no room.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend: Backend = backend
-        self._version = -1
+        self._selections = 0
         self._tables: dict[torch.device, PageTables] = {}
         self._outliers: dict[int, OutlierRows] = {}
+        self._places: dict[torch.device, ExactPlaces] = {}
         self._unmasked: bool | None = None
         self._last_mask_saw_all: LateAnswer | None = None
-        self._columns: dict[torch.device, Tensor] = {}
 
-    def columns_on(self, device: torch.device, columns: int) -> Tensor:
-        """Return the number of columns, ``[1]`` int64 on a device, always in the same place."""
-        if device not in self._columns:
-            self._columns[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        return self._columns[device].fill_(columns)
+    def count_columns(self, device: torch.device, columns: int) -> None:
+        """Tell a device how many columns there are, once `places` has told it where they are."""
+        self._places[device].columns.fill_(columns)
+
+    def places(
+        self,
+        layout: TokenLayout,
+        device: torch.device,
+        first_column: int,
+        capacity: int,
+        mask: Tensor | None,
+    ) -> ExactPlaces:
+        """Tell a device where exact tokens are, by tables that are up to date; always in the same place.
+
+        The tail begins at ``first_column`` and has room for ``capacity`` columns; ``mask`` is the pass's.
+        """
+        sinks, held = layout.window.sink_tokens, self._places.get(device)
+        if (
+            held is None
+            or held.capacity != capacity
+            or (held.allowed is None) != (mask is None)
+            or (held.allowed is not None and len(held.allowed) != layout.rows)
+        ):
+            held = ExactPlaces.empty(layout.rows, sinks, capacity, mask is not None, device)
+            self._places[device] = held
+        held.columns.fill_(layout.columns)
+        held.first_column.fill_(first_column)
+        if held.allowed is not None and mask is not None:
+            held.allowed.copy_(self._tables[device].allowed(layout, first_column, capacity, mask))
+        return held
 
     def tables(
         self,
@@ -255,27 +136,41 @@ class PagedState:
         adapter: ModelAdapter,
         layer_idx: int,
         device: torch.device,
+        records: Records,
     ) -> PageTables:
-        """Return the tables of the present pages."""
-        self._drop_old(layout)
-        if device not in self._tables:
-            self._tables[device] = PageTables.build(layout, adapter, layer_idx, device)
-        return self._tables[device]
-
-    def outliers(
-        self, layout: TokenLayout, layer_idx: int, outliers: Outliers, tables: PageTables, most: int
-    ) -> OutlierRows:
-        """Return a layer's present outliers by row; a block has at most ``most``."""
-        self._drop_old(layout)
-        if layer_idx not in self._outliers:
-            self._outliers[layer_idx] = tables.group(outliers, layout.window.block_tokens, most)
-        return self._outliers[layer_idx]
-
-    def _drop_old(self, layout: TokenLayout) -> None:
-        if self._version != layout.version:
+        """Return the tables of the present pages, which a layer's records hold."""
+        if self._selections != layout.selections:
             self._tables.clear()
             self._outliers.clear()
-            self._version = layout.version
+            self._selections = layout.selections
+        held = self._tables.get(device)
+        if held is None or not held.fit(layout, records):
+            held = self._tables[device] = PageTables.build(layout, adapter, layer_idx, device, records)
+        elif held.version != layout.version:
+            held.update(layout, adapter, layer_idx)
+        return held
+
+    def outliers(
+        self, layout: TokenLayout, layer_idx: int, records: Records, tables: PageTables, most: int
+    ) -> OutlierRows | None:
+        """Return a layer's present outliers by row, if it can have some; a block has at most ``most``."""
+        if records.places is None:
+            return None
+        held = self._outliers.get(layer_idx)
+        same = held is not None and held.source is records.places.index
+        if held is not None and same and held.version == layout.version:
+            return held
+        found = tables.group(records.places, records.outlier_count, layout.window.block_tokens, most)
+        if held is not None and same and held.present.shape == found.present.shape:
+            held.renew(found)
+        else:
+            held = self._outliers[layer_idx] = found
+        return held
+
+    @property
+    def sees_some_only(self) -> bool:
+        """Whether the last mask that was looked at hides compressed tokens."""
+        return self._unmasked is False
 
     def look_at(self, layout: TokenLayout, mask: Tensor | None) -> None:
         """Find out whether a mask hides compressed tokens, which may take a wait for the device."""
@@ -301,8 +196,9 @@ class PagedState:
             self._unmasked = False
             _log.warning("an attention mask came to hide compressed tokens; the step before attended to them")
         self._last_mask_saw_all = None
-        tables = self._tables.get(mask.device) if self._version == layout.version else None
-        if self._unmasked and tables is not None and not self._tells_at_once(mask):
+        tables = self._tables.get(mask.device)
+        current = tables is not None and tables.version == layout.version
+        if self._unmasked and tables is not None and current and not self._tells_at_once(mask):
             column = torch.arange(layout.columns, device=mask.device)
             first = tables.starts + layout.window.sink_tokens
             coded = (column >= first) & (column < first + tables.coded)
@@ -314,22 +210,15 @@ class PagedState:
         """Tell whether the host can read a mask without waiting."""
         return mask.device.type == "cpu"
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What kernels read, with what they keep beside it."""
+        parts = (*self._tables.values(), *self._outliers.values(), *self._places.values())
+        return tuple(tensor for part in parts for tensor in part.tensors)
+
     def footprint(self) -> int:
-        """Return the bytes of all tables, with those that kernels keep beside them."""
-        turns = [tensor for one in self._tables.values() for tensor in hopper.kept_turns(one.rotary)]
-        tables = [
-            tensor
-            for one in self._tables.values()
-            for part in (one, one.rotary)
-            for tensor in vars(part).values()
-            if isinstance(tensor, Tensor)
-        ]
-        return storage_bytes(
-            *tables,
-            *self._columns.values(),
-            *turns,
-            *(tensor for rows in self._outliers.values() for tensor in (rows.index, rows.present)),
-        )
+        """Return the bytes of all tables, room for more included."""
+        return storage_bytes(*self.tensors, *(tables.block_rows for tables in self._tables.values()))
 
 
 def operands_on(
@@ -382,21 +271,19 @@ class PagedStep(CodesStep):
         # Of the device's making, so that a graph makes them anew.
         self._seen: dict[torch.device, Tensor] = {}
         self._new: dict[torch.device, Tensor] = {}
+        self._layers: list[tuple[int, torch.device, Records]] = []
 
     @property
     def masked(self) -> bool:
         """Whether there is an attention mask."""
         return self._mask is not None
 
-    def places_on(self, device: torch.device, layer_idx: int) -> ExactPlaces:
-        """Return where exact tokens are, on a device; at the first call, tell the device the columns."""
+    def places_on(self, device: torch.device, layer_idx: int, records: Records) -> ExactPlaces:
+        """Return where exact tokens are, on a device; at the first call, tell the device."""
         if device not in self._places:
-            first, allowed = self.due.first_column, None
-            if self._mask is not None:
-                tables = self.state.tables(self.layout, self.adapter, layer_idx, device)
-                allowed = tables.allowed(self.layout, first, self._capacity, self._mask)
-            columns = self.state.columns_on(device, self.layout.columns)
-            self._places[device] = ExactPlaces(columns, first, self._capacity, allowed)
+            self.state.tables(self.layout, self.adapter, layer_idx, device, records)
+            first = self.due.first_column
+            self._places[device] = self.state.places(self.layout, device, first, self._capacity, self._mask)
         return self._places[device]
 
     def run_layer(
@@ -409,21 +296,23 @@ class PagedStep(CodesStep):
         value_states: Tensor,
     ) -> tuple[PagedView, PagedView]:
         """Add the pass's token to one layer; return what attention takes in place of keys and values."""
-        device, layout = key_states.device, self.layout
-        places = self.places_on(device, layer_idx)
+        device, layout, records = key_states.device, self.layout, pages.records
+        assert records is not None  # `why_not_paged` has seen to it
+        guarded = codec.keys.guard is not None and codec.values.guard is not None
+        most = self._guard.most(pages.block_tokens)
+        records.make_room(layout.rows, most if guarded else 0, exact.sink_keys, exact.sink_values)
+        places = self.places_on(device, layer_idx, records)
         exact.reserve(places.capacity)
-        tables = self.state.tables(layout, self.adapter, layer_idx, device)
+        tables = self.state.tables(layout, self.adapter, layer_idx, device, records)
         if device not in self._seen:
             self._seen[device] = tables.exact_seen(places, layout.window.sink_tokens)
             self._new[device] = places.new
         exact.add(self._new[device], key_states.transpose(1, 2), value_states.transpose(1, 2))
         chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
         dtype = torch.float32 if chosen == "torch" else torch.float16
-        seen, chunk = self._seen[device], pages.all()
-        outliers, index = chunk.outliers, None
-        if outliers is not None:
-            most = self._guard.most(pages.block_tokens)
-            rows = self.state.outliers(layout, layer_idx, outliers, tables, most)
+        seen, outliers, index = self._seen[device], records.places, None
+        rows = self.state.outliers(layout, layer_idx, records, tables, most)
+        if rows is not None:
             index, seen = rows.index, torch.cat([seen, rows.present], 1)
         tail = exact.key_buffer, exact.value_buffer
         if self._first_kept():  # what is kept moves within the buffers before anything attends
@@ -437,19 +326,32 @@ class PagedStep(CodesStep):
             index,
             seen,
         )
-        encoded_keys, encoded_values = chunk.encoded
-        assert isinstance(encoded_keys, EncodedPages)  # `why_not_paged` has seen to it
-        assert isinstance(encoded_values, EncodedPages)
         view = PagedView(
             self,
-            PagedCodes(encoded_keys.records, encoded_values.records, tables.table, tables.lengths),
+            PagedCodes(records.keys, records.values, tables.table, tables.lengths),
             operands_on(self._codec, self.next_layer, 2 * tables.rotary.page_cos.shape[-1], device, dtype),
             tables.rotary,
             held,
             self.state.backend,
         )
         self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
+        self._layers.append((layer_idx, device, records))
         return view, view
+
+    def settle(self, tail_columns: int) -> None:
+        """Tell devices what was compressed, once all layers have attended.
+
+        ``tail_columns`` are held exactly after the pass.
+        """
+        if not self.due:
+            return
+        most = self._guard.most(self.layout.window.block_tokens)
+        for layer_idx, device, records in self._layers:
+            tables = self.state.tables(self.layout, self.adapter, layer_idx, device, records)
+            self.state.outliers(self.layout, layer_idx, records, tables, most)
+        first = self.layout.columns - tail_columns
+        for device in self._places:
+            self.state.places(self.layout, device, first, self._capacity, self._mask)
 
     def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
         """Take the sinks out of the tail; forget what has been compressed of it."""

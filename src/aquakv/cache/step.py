@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.reconstruct import Reconstructor
-from aquakv.cache.storage import CodedPages, ExactTokens, Outliers
+from aquakv.cache.records import Outliers
+from aquakv.cache.storage import CodedPages, ExactTokens
 from aquakv.codec import History, LayerCodec, ModelCodec
 from aquakv.codec.guard import choose_outliers
 from aquakv.config import GuardConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from aquakv.cache.records import Chunk, Outliers, Records, storage_bytes
 from aquakv.codec import EncodedPages, EncodedTokens
 from aquakv.codec.encoded import concatenate
 
@@ -15,73 +15,22 @@ from aquakv.codec.encoded import concatenate
 MAX_CHUNK_PAGES = 64
 
 
-def storage_bytes(*tensors: Tensor | None) -> int:
-    """Return the bytes of the storages behind tensors, each storage counted once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None
-    }
-    return sum(storages.values())
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """Compressed tokens of one layer that attention sees exactly nevertheless.
-
-    Attributes
-    ----------
-    index
-        ``[n]`` int32, rising: which token of the chunk.
-    keys, values
-        ``[n, num_kv_heads, head_dim]`` in the model's dtype, keys after rotary embedding.
-    """
-
-    index: Tensor
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def join(cls, parts: list[Outliers | None], first_tokens: list[int]) -> Outliers | None:
-        """Join the outliers of chunks that begin at the given tokens of the joint one."""
-        present = [(part, first) for part, first in zip(parts, first_tokens, strict=True) if part is not None]
-        if not present:
-            return None
-        return cls(
-            torch.cat([part.index + first for part, first in present]),
-            torch.cat([part.keys for part, _ in present]),
-            torch.cat([part.values for part, _ in present]),
-        )
-
-    def select(self, pages: Tensor, block_tokens: int) -> Outliers | None:
-        """Return the outliers of pages, in the given order, or None if there are none."""
-        own_page = (self.index // block_tokens).cpu()
-        new_page, which = (pages.cpu()[:, None] == own_page[None]).nonzero(as_tuple=True)
-        if not len(which):
-            return None
-        which = which.to(self.index.device)
-        index = self.index[which] % block_tokens + new_page.to(self.index) * block_tokens
-        return Outliers(index, self.keys[which], self.values[which])
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Codes of some pages of one layer, as they are kept."""
-
-    pages: int
-    encoded: EncodedTokens
-    outliers: Outliers | None = None
-
-
 @dataclass
 class CodedPages:
     """Codes of one layer, append-only, in pages of ``block_tokens`` tokens.
 
-    The pages live in a short list of chunks, each with exactly the tensors that the codes need and no spare
-    capacity. Records, in which kernels look pages up, are one chunk: they are moved when a block is added, a
-    few percent of the work of encoding it.
+    Records, in which kernels look pages up, are in buffers with room for more. Other codes live in a short
+    list of chunks, each with exactly the tensors that the codes need and no spare capacity.
     """
 
     block_tokens: int
-    chunks: list[Chunk] = field(default_factory=list)
+    records: Records | None = None
+    _others: list[Chunk] = field(default_factory=list)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All codes; one chunk at most if they are records."""
+        return self._others if self.records is None else [self.records.chunk]
 
     @property
     def tokens(self) -> int:
@@ -90,17 +39,22 @@ class CodedPages:
 
     def append(self, encoded: EncodedTokens, pages: int, outliers: Outliers | None = None) -> None:
         """Add the codes of whole pages."""
-        if self.chunks and isinstance(encoded.keys, EncodedPages):
-            self.chunks = [self._join([*self.chunks, Chunk(pages, encoded, outliers)])]
+        if isinstance(encoded.keys, EncodedPages):
+            new = Chunk(pages, encoded, outliers)
+            if self.records is None:
+                self.records = Records.of(new, self.block_tokens)
+            else:
+                self.records.append(new)
             return
+        chunks = self._others
         owned = EncodedTokens(encoded.keys.clone(), encoded.values.clone())
-        self.chunks.append(Chunk(pages, owned, outliers))
-        while len(self.chunks) > 1 and self._should_merge():
-            last, before = self.chunks.pop(), self.chunks.pop()
-            self.chunks.append(self._join([before, last]))
+        chunks.append(Chunk(pages, owned, outliers))
+        while len(chunks) > 1 and self._should_merge():
+            last, before = chunks.pop(), chunks.pop()
+            chunks.append(self._join([before, last]))
 
     def _should_merge(self) -> bool:
-        before, last = (chunk.pages for chunk in self.chunks[-2:])
+        before, last = (chunk.pages for chunk in self._others[-2:])
         return before <= last and before + last <= MAX_CHUNK_PAGES
 
     def _join(self, chunks: list[Chunk]) -> Chunk:
@@ -116,33 +70,41 @@ class CodedPages:
 
     def select(self, pages: Tensor) -> None:
         """Keep copies of the given pages, in the given order (int64 indices, repeats allowed)."""
-        if not self.chunks:
+        if self.records is not None:
+            self.records = self.records.select(pages)
+        if not self._others:
             return
         whole = self.all()
-        self.chunks = [
+        self._others = [
             Chunk(
                 len(part),
                 EncodedTokens(*(kind.select(part, self.block_tokens) for kind in whole.encoded)),
                 None if whole.outliers is None else whole.outliers.select(part, self.block_tokens),
             )
-            for part in (
-                [pages] if isinstance(whole.encoded.keys, EncodedPages) else pages.split(MAX_CHUNK_PAGES)
-            )
+            for part in pages.split(MAX_CHUNK_PAGES)
             if len(part)
         ]
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.records, self._others = None, []
 
     def all(self) -> Chunk:
         """Return all codes as one chunk, in storage order."""
         return self.chunks[0] if len(self.chunks) == 1 else self._join(self.chunks)
 
-    def footprint(self) -> tuple[int, int, int]:
-        """Return the bytes of codes, of scales and of outliers."""
-        kinds = [kind for chunk in self.chunks for kind in chunk.encoded]
-        outliers = [chunk.outliers for chunk in self.chunks if chunk.outliers is not None]
+    def footprint(self) -> tuple[int, int, int, int]:
+        """Return the bytes of codes, of scales and of outliers in use, and of room for more."""
+        if self.records is not None:
+            codes, exact, spare = self.records.footprint()
+            return codes, 0, exact, spare
+        kinds = [kind for chunk in self._others for kind in chunk.encoded]
+        outliers = [chunk.outliers for chunk in self._others if chunk.outliers is not None]
         return (
             storage_bytes(*(tensor for kind in kinds for tensor in kind.code_tensors)),
             storage_bytes(*(tensor for kind in kinds for tensor in kind.scale_tensors)),
-            storage_bytes(*(tensor for o in outliers for tensor in (o.index, o.keys, o.values))),
+            storage_bytes(*(tensor for o in outliers for tensor in o.tensors)),
+            0,
         )
 
 
@@ -192,6 +154,11 @@ class ExactTokens:
     def tail_values(self) -> Tensor:
         """``[rows, tail_columns, num_kv_heads, head_dim]``: a view of the values held."""
         return self.value_buffer[:, : self.tail_columns]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sinks, and the tail with its spare columns."""
+        return self.sink_keys, self.sink_values, self.key_buffer, self.value_buffer
 
     def replace_tail(self, keys: Tensor, values: Tensor) -> None:
         """Hold these columns, ``[rows, columns, num_kv_heads, head_dim]``, which are the store's from now."""

@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aquakv.cache import AquaCache
 from aquakv.cache.fused import why_not_fused
-from aquakv.cache.storage import storage_bytes
+from aquakv.cache.records import storage_bytes
 from aquakv.codec import ModelCodec
 from aquakv.errors import DataError
 

@@ -235,7 +235,7 @@ def _stream(
     footprint = cache.footprint()
     quality.coded_bytes += footprint.coded_bytes if footprint.coded_values else 0
     quality.coded_values += footprint.coded_values
-    quality.held_bytes += footprint.coded_bytes + footprint.sink_bytes + footprint.tail_bytes
+    quality.held_bytes += footprint.held_bytes
     quality.held_values += footprint.total_values
 
 

@@ -23,7 +23,7 @@ from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.rotary import PageRotary
 
 _log = logging.getLogger(__name__)
-_turns: WeakKeyDictionary[PageRotary, dict[Any, Tensor]] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[PageRotary, dict[Any, tuple[HopperOperands, Tensor]]] = WeakKeyDictionary()
 
 
 @lru_cache(maxsize=16)
@@ -93,7 +93,13 @@ def attend(
 
 def kept_turns(rotary: PageRotary) -> tuple[Tensor, ...]:
     """Return the pages' turns that are kept with rotary tables of pages, half a kilobyte a page."""
-    return tuple(_turns.get(rotary, {}).values())
+    return tuple(turns for _, turns in _turns.get(rotary, {}).values())
+
+
+def renew_turns(rotary: PageRotary) -> None:
+    """Bring the turns that are kept with rotary tables up to date, in place, once these have changed."""
+    for arranged, turns in _turns.get(rotary, {}).values():
+        turns.copy_(arranged.page_turns(rotary))
 
 
 def _page_turns(arranged: HopperOperands, rotary: PageRotary) -> Tensor:
@@ -101,11 +107,11 @@ def _page_turns(arranged: HopperOperands, rotary: PageRotary) -> Tensor:
     shared = _turns.setdefault(rotary, {})
     key = (arranged.fast_pairs, arranged.slow_pairs, arranged.plain.head_dim)
     if key in shared:
-        return shared[key]
+        return shared[key][1]
     turns = arranged.page_turns(rotary)
     # What a graph being captured computes is not there before its first replay.
     if not torch.cuda.is_current_stream_capturing():
-        shared[key] = turns
+        shared[key] = arranged, turns
     return turns
 
 
