@@ -1,6 +1,6 @@
 """Decode attention straight on codes against bf16 attention on a GPU, one Llama-3.1-8B layer at a time.
 
-    python benchmarks/decode_kernels.py --out benchmarks/results/decode-h100.json
+    python benchmarks/decode_kernels.py --out benchmarks/results/decode-h200.json
 
 Every operation is first compared with its float32 definition. Then medians over replays of CUDA graphs; each
 graph goes round several sets of inputs, larger together than the L2 cache. Rows are in milliseconds a layer.

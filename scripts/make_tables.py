@@ -166,7 +166,7 @@ def speed() -> str:
 
 
 def kernels() -> str:
-    content, all_rows = rows("decode-h100")
+    content, all_rows = rows("decode-h200")
     found = {(row["shape"], row["setting"], row["contestant"]): row for row in all_rows}
     parts = list(dict.fromkeys(row["contestant"] for row in all_rows if row["setting"]))
     lines = [
