@@ -126,7 +126,7 @@ class PageTables:
         positions = layout.positions.to(device).flatten()[first_tokens.flatten()]
         offsets = torch.arange(PAGE_TOKENS, device=device)
         found = adapter.rotary_tables(torch.cat([positions, offsets]), layer_idx, torch.float32, device)
-        cos, sin = (table[:, 0] for table in found)
+        cos, sin = found.cos[:, 0], found.sin[:, 0]
         shape = (layout.rows, most, -1)
         rotary = PageRotary.from_model(
             (cos[:-PAGE_TOKENS].view(shape), sin[:-PAGE_TOKENS].view(shape)),
