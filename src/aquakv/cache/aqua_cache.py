@@ -407,6 +407,9 @@ class AquaCache(Cache):
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, columns - tokens_to_remove)
         removed = min(removed, columns)
         if removed == 0:
+            for layer in self.layers:  # those that recorded what has left their windows may now forget it
+                if layer.is_initialized and getattr(layer, "record_past", False):
+                    layer.crop(0)
             return
         for layer in self.layers:
             dropped = layer.is_sliding and columns >= layer.sliding_window

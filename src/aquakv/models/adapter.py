@@ -205,6 +205,8 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise refuse(f"it needs a cache layer of type {type(layer).__name__}")
     decoder = model.get_decoder()
+    if decoder is model:  # what transformers returns where it finds none
+        decoder = getattr(model, "model", model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise refuse("expected a stack of decoder layers, each with a self_attn module")

@@ -1,0 +1,47 @@
+"""Every cell of docs/compatibility.md: a feature works with a model, or is refused with the reason given here.
+
+`scripts/make_compatibility.py` runs this module and writes what it finds.
+"""
+
+import pytest
+
+from aquakv import AquaCache
+from aquakv.errors import CacheStateError, UnsupportedModelError
+from aquakv.models.adapter import adapt
+from features import FEATURES
+from rows import REFUSED, SUPPORTED, refused_model
+from tiny_models import codec_for
+
+#: Features that are refused, by feature and model (None: all of them): the error, and what it says.
+REFUSALS = {
+    ("contrastive", None): (ValueError, "Contrastive Search requires `trust_remote_code=True`"),
+    ("assisted, no exact window", None): (CacheStateError, "build the cache with a recent_window of at least"),
+    ("past 128 tokens", "llama-dynamic"): (CacheStateError, "changes its frequencies"),
+    ("past 128 tokens", "phi3-longrope"): (CacheStateError, "changes its frequencies"),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_feature(kind, feature, record_property):
+    refusal = REFUSALS.get((feature, kind)) or REFUSALS.get((feature, None))
+    if refusal is None:
+        FEATURES[feature](kind)
+        record_property("cell", [SUPPORTED[kind], feature, None])
+        return
+    error, message = refusal
+    with pytest.raises(error, match=message) as caught:
+        FEATURES[feature](kind)
+    record_property("cell", [SUPPORTED[kind], feature, str(caught.value)])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_model(name, record_property):
+    title, _, reason = REFUSED[name]
+    model = refused_model(name)
+    for attempt in (lambda: adapt(model), lambda: AquaCache(model, codec_for("llama"))):
+        with pytest.raises(UnsupportedModelError, match=f"'{name}' is not supported: .*({reason})") as error:
+            attempt()
+        assert str(error.value).isprintable()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    record_property("refused", [title, str(error.value)])
