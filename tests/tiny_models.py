@@ -196,6 +196,8 @@ def build(kind="llama", seed=0, dtype=torch.float32, **changes):
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.generation_config.pad_token_id = 0
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers 5.17 would leave out the cap
     return model.to(dtype).requires_grad_(False)
 
 

@@ -25,7 +25,7 @@ from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError, ConfigError
 from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
-from aquakv.models.attention import attends_to_views
+from aquakv.models.attention import why_no_views
 from aquakv.models.hooks import ModelHooks
 from aquakv.models.uncompiled import uncompiled
 
@@ -198,8 +198,8 @@ class AquaCache(Cache):
         implementation = getattr(self._adapter.config, "_attn_implementation", "eager")
         if reason is None and implementation not in ("sdpa", "eager"):
             reason = f"the model attends by {implementation}, expected sdpa or eager"
-        if reason is None and not attends_to_views(self._adapter):
-            reason = f"the attention of {self._adapter.name} needs keys and values as tensors"
+        if reason is None:
+            reason = why_no_views(self._adapter)
         if reason is not None and attention == "fused":
             raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
         return reason is None and (attention == "fused" or implementation == "sdpa")
@@ -403,6 +403,7 @@ class AquaCache(Cache):
             Some of these tokens are compressed already. Nothing has changed then.
         """
         self._require_intact()
+        tokens_to_remove = int(tokens_to_remove)  # transformers may hand over a tensor
         columns = self.layout.columns
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, columns - tokens_to_remove)
         removed = min(removed, columns)

@@ -18,6 +18,7 @@ from aquakv.codec import ModelFingerprint
 from aquakv.errors import DataError, UnsupportedModelError
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import RotaryLayout, RotaryTables
+from aquakv.models.versions import fresh_layers
 
 #: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
 #: cannot be undone with another.
@@ -162,7 +163,7 @@ class ModelAdapter:
 
     def exact_layers(self) -> list[Any]:
         """Return fresh transformers cache layers, one for every decoder layer."""
-        return list(DynamicCache(config=self.config).layers)
+        return fresh_layers(self.config)
 
     def fingerprint(self) -> ModelFingerprint:
         """Return what ties a codec to this model."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables, rotate
+from aquakv.models.versions import cache_argument
 
 #: Far enough apart that every pair of coordinates, the slowest too, turns by an angle that can be told.
 POSITIONS = (0, 1, 5, 100)
@@ -115,8 +116,8 @@ def _keys_and_values(
                 hidden_states=hidden,
                 position_embeddings=embeddings,
                 attention_mask=None,
-                past_key_values=recorder,
                 position_ids=positions,
+                **{cache_argument(attention): recorder},
             )
     except Exception as error:  # what comes after the cache does not matter here
         failure = error
