@@ -22,12 +22,14 @@ HEAD = """\
 # Compatibility
 
 Written by `scripts/make_compatibility.py` from [tests/compatibility](../tests/compatibility), which build tiny
-models of every type with random weights; CI repeats it with the oldest transformers that is supported, 5.17, and
-with 5.24. ✓: the test passes. A number: refused, for the reason below. What each column checks is said in
+models of every type with random weights; CI repeats it with the oldest transformers that is supported, 5.17,
+and with 5.24. ✓: the test passes. A number: refused, for the reason below. What each column checks is said in
 [features.py](../tests/compatibility/features.py).
 
-Sizes, vocabularies and biases do not matter to the cache; what matters is how a model rotates and caches its keys.
-That is found by calling its attention, so models that are not listed either work or are refused by the same rules.
+Sizes, vocabularies and biases do not matter to the cache; what matters is how a model rotates and caches its
+keys. That is found by calling its attention, so models that are not listed work or are refused by the same rules.
+Where a model's rotary frequencies change as a sequence grows, its tiny model's do so at 128 tokens. Phi 3 in
+transformers drops the cache there of its own accord and goes on with an exact one.
 """
 
 
@@ -39,6 +41,7 @@ class Collector:
         self.refused: list[tuple[str, str]] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Take what a test that ended has recorded (called by pytest)."""
         for name, value in report.user_properties if report.when == "call" else ():
             if name == "cell":
                 model, feature, reason = value
@@ -66,7 +69,8 @@ def document(found: Collector) -> str:
     for part in (features[:half], features[half:]):
         lines += [f"| model | {' | '.join(part)} |", "| --- " * (len(part) + 1) + "|"]
         lines += [
-            f"| {model} | {' | '.join(cell(found.cells[model][feature]) for feature in part)} |" for model in models
+            f"| {model} | {' | '.join(cell(found.cells[model][feature]) for feature in part)} |"
+            for model in models
         ]
         lines.append("")
     lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
@@ -76,8 +80,12 @@ def document(found: Collector) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the document instead of writing it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the document instead of writing it"
+    )
     check = parser.parse_args().check
     found = Collector()
     if pytest.main(["-q", "--rootdir", str(ROOT), str(TESTS)], plugins=[found]):
@@ -86,7 +94,7 @@ def main() -> None:
     if not check:
         DOCUMENT.write_text(text, encoding="utf-8")
     elif not DOCUMENT.exists() or DOCUMENT.read_text(encoding="utf-8") != text:
-        sys.exit(f"{DOCUMENT.relative_to(ROOT)} is not what the tests find; run python scripts/make_compatibility.py")
+        sys.exit(f"{DOCUMENT.name} is not what the tests find; run python scripts/make_compatibility.py")
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ NEAR = 0.1
 
 
 def same(kind, got, expected):
-    """Require logits that differ by the order of sums only: in float64, or float32 in transformers' eager softmax."""
+    """Require logits that differ by the order of sums only: of float64, or of float32 in eager softmax."""
     eager = shared(kind, F64).config._attn_implementation == "eager"
     torch.testing.assert_close(got, expected, atol=1e-5 if eager else 1e-8, rtol=0)
 
 
 @functools.cache
 def half_precision_codec(kind):
-    """Return a codec calibrated in float16: these weights are not the float32 ones, so neither is their codec."""
+    """Return a codec calibrated in float16: other weights than in float32, so another codec."""
     config = dataclasses.replace(preset("decode", 8), window=WINDOW)
     return calibrate(shared(kind, torch.float16), random_tokens(8, 48, seed=1), config)
 
@@ -104,7 +104,7 @@ def rotation(kind):
 
 
 def streaming(kind):
-    """A cache fed in chunks gives the logits of one pass in which every token sees what a cache would hold."""
+    """A cache fed in chunks gives the logits of one pass in which tokens see what a cache would hold."""
     model, codec = shared(kind, F64), codec_for(kind, "decode", 8)
     tokens = random_tokens(2, 43, seed=3)
     with torch.no_grad(), single_pass(adapt(model), codec, WINDOW) as cache:
@@ -121,7 +121,7 @@ def past_original_length(kind):
     near(feed(model, cache, tokens, [126, *[1] * 6]), exact_logits(model, tokens))
 
 
-# --- generation ----------------------------------------------------------------------------------------------
+# --- generation --------------------------------------------------------------------------------------------
 
 
 def greedy(kind):
@@ -234,8 +234,8 @@ def prompt_lookup(kind):
     for row, whole in enumerate(prompts(kind)[1]):
         cache.reset()
         out = model.generate(
-            whole[None, :LENGTH], past_key_values=cache, prompt_lookup_num_tokens=4, max_matching_ngram_size=1,
-            **GREEDY,
+            whole[None, :LENGTH], past_key_values=cache, prompt_lookup_num_tokens=4,
+            max_matching_ngram_size=1, **GREEDY,
         )  # fmt: skip
         assert out[0].tolist() == prompts(kind)[1][row].tolist()
     assert max(taken_back) > 0
@@ -284,15 +284,17 @@ def several_turns(kind):
     model, cache = setting(kind)
     tokens, expected = prompts(kind)
     out = model.generate(tokens, past_key_values=cache, max_new_tokens=NEW - 8, do_sample=False)
-    mask = torch.ones(2, TOTAL + 5, dtype=torch.long)  # token 0, which is also padding, may be among the answers
+    mask = torch.ones(
+        2, TOTAL + 5, dtype=torch.long
+    )  # token 0, which is also padding, may be among the answers
     out = model.generate(
         out, attention_mask=mask[:, : TOTAL - 8], past_key_values=cache, max_new_tokens=8, do_sample=False
     )
     assert out.tolist() == expected.tolist()
     more = torch.cat([out, random_tokens(2, 5, seed=9)], 1)
     got = model.generate(
-        more, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False, output_logits=True,
-        return_dict_in_generate=True,
+        more, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     near(torch.stack(got.logits, 1), exact_logits(model, got.sequences)[:, more.shape[1] - 1 : -1])
     coded(cache, 2)
@@ -364,7 +366,7 @@ def streamer(kind):
 
 
 def compiled(kind):
-    """A step of a model compiled by torch.compile is the step uncompiled; tracing more than one takes seconds."""
+    """A step of a model that torch.compile compiles is the step uncompiled; tracing more takes seconds."""
     model, cache = setting(kind)
     tokens = random_tokens(1, 26, seed=13)
     expected = feed(model, setting(kind)[1], tokens, [25, 1])[:, 25:]
@@ -403,11 +405,11 @@ def bfloat16(kind):
 
 
 def _in_dtype(kind, dtype, bound):
-    """Generate in a dtype; logits along the result are as near the exact cache's as 8 bits and rounding allow."""
+    """Generate in a dtype; logits are as near the exact cache's as 8 bits and rounding allow."""
     model, cache = setting(kind, dtype)
     out = model.generate(
-        random_tokens(2, LENGTH, seed=15), past_key_values=cache, output_logits=True, return_dict_in_generate=True,
-        **GREEDY,
+        random_tokens(2, LENGTH, seed=15), past_key_values=cache, output_logits=True,
+        return_dict_in_generate=True, **GREEDY,
     )  # fmt: skip
     coded(cache, 2)
     assert {layer.dtype for layer in cache.layers if isinstance(layer, AquaLayer)} == {dtype}

@@ -1,4 +1,4 @@
-"""Every cell of docs/compatibility.md: a feature works with a model, or is refused with the reason given here.
+"""Every cell of docs/compatibility.md: a feature works with a model, or is refused with a reason.
 
 `scripts/make_compatibility.py` runs this module and writes what it finds.
 """
@@ -26,10 +26,10 @@ REFUSALS = {
 
 
 REASONS = {
-    "contrastive": "transformers 5 has no contrastive search of its own, only code to be fetched from the Hub",
+    "contrastive": "transformers 5 has no contrastive search of its own, only code to fetch from the Hub",
     "assisted, no exact window": (
-        "tokens that were proposed in vain may be compressed by then; build the cache with a recent_window of at "
-        "least as many tokens as are proposed at once"
+        "tokens that were proposed in vain may be compressed by then; build the cache with a recent_window of "
+        "at least as many tokens as are proposed at once"
     ),
 }
 

@@ -168,7 +168,7 @@ class AquaCache(Cache):
         frequencies = self._adapter.frequencies(position_ids)
         if self.layout.columns and frequencies != self._frequencies:
             raise CacheStateError(
-                f"with this pass the model's rotary embedding ({self._adapter.changing_rope_type}) changes its "
+                f"in this pass the model's rotary embedding ({self._adapter.changing_rope_type}) changes its "
                 f"frequencies, but the cache holds {self.layout.columns} tokens rotated by those before; "
                 "end the sequence here, or feed all of it anew to a cache that was reset"
             )

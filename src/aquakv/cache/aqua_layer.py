@@ -24,7 +24,7 @@ class AquaLayer(CacheLayerMixin):
         self.exact: ExactTokens | None = None
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the newest token can always be taken back, whatever has just been compressed."""
         return self.layout.window.recent_window > 0
 

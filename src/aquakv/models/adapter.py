@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from aquakv.codec import ModelFingerprint
 from aquakv.errors import DataError, UnsupportedModelError
 from aquakv.models.probe import Findings, ProbeError, probe
-from aquakv.models.rotary import RotaryLayout, RotaryTables
+from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
 
 #: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
@@ -59,7 +59,7 @@ class ModelAdapter:
     compressed_layers: tuple[int, ...]
     num_kv_heads: int
     head_dim: int
-    layout: RotaryLayout = RotaryLayout()
+    layout: RotaryLayout = LAYOUTS[0]
     unrotated: frozenset[int] = frozenset()
 
     @property
@@ -219,14 +219,14 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
     rotary = getattr(decoder, "rotary_emb", None)
     if not isinstance(rotary, nn.Module):
         raise refuse("expected rotary position embedding in a module named rotary_emb")
-    parameters = getattr(config, "rope_parameters", None)
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     changing = sorted(_rope_types(parameters) & _CHANGING_ROPE_TYPES)
     if changing and "rope_type" not in parameters:
         raise refuse(f"it has several rotary embeddings, and the frequencies of one ({changing[0]}) change")
     found = _found.get(model)
     if found is None:
         unknown = ModelAdapter(model, decoder, config, rotary, compressed, 0, 0)
-        attentions = {index: layers[index].self_attn for index in compressed}
+        attentions: dict[int, Any] = {index: layers[index].self_attn for index in compressed}
         try:
             found = probe(attentions, config.hidden_size, unknown.rotary_embeddings)
         except ProbeError as error:

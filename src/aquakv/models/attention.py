@@ -110,7 +110,9 @@ class _Probe:
 
 
 def why_no_views(adapter: ModelAdapter) -> str | None:
-    """Return why a model's attention cannot attend to a `View`, or None if it hands on what its cache returns.
+    """Return why a model's attention cannot attend to a `View`, or None if it can.
+
+    It can if it hands on what its cache returns.
 
     Calls the first compressed layer's attention with one token, in a configuration of its own.
     """
@@ -145,8 +147,8 @@ def why_no_views(adapter: ModelAdapter) -> str | None:
     implementation = getattr(adapter.config, "_attn_implementation", "eager")
     if probe.softcap is not None and implementation == "sdpa" and sdpa_ignores_softcap():
         return (
-            f"{adapter.name} caps its scores, which this version of transformers leaves out in sdpa; load the "
-            'model with attn_implementation="eager"'
+            f"{adapter.name} caps its scores, which this version of transformers leaves out in sdpa; load "
+            'the model with attn_implementation="eager"'
         )
     return None
 

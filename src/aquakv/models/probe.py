@@ -54,7 +54,7 @@ class _Recorder:
 def probe(
     attentions: Mapping[int, nn.Module], hidden_size: int, embeddings: Callable[[Tensor, Tensor, int], Any]
 ) -> Findings:
-    """Call each attention module on a few random tokens, with its rotary embedding and with one that turns nothing.
+    """Call each attention on random tokens, with its rotary embedding and with one that turns nothing.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def probe(
             raise ProbeError(f"its attention caches keys as {list(keys.shape)}, expected heads by tokens")
         if keys.shape != values.shape:
             raise ProbeError(
-                f"its keys and values differ in shape ({list(keys.shape[1::2])} and {list(values.shape[1::2])})"
+                f"its keys {list(keys.shape[1::2])} and values {list(values.shape[1::2])} differ in shape"
             )
         shapes.add((keys.shape[1], keys.shape[3]))
         if torch.equal(keys.nan_to_num(), plain.nan_to_num()):
