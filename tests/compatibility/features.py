@@ -80,7 +80,7 @@ def coded(cache, rows):
     assert min(cache.layout.coded) >= 16
 
 
-# --- rotation and streaming ----------------------------------------------------------------------------------
+# --- rotation and streaming -------------------------------------------------------------------------------
 
 
 def rotation(kind):

@@ -28,8 +28,8 @@ REFUSALS = {
 REASONS = {
     "contrastive": "transformers 5 has no contrastive search of its own, only code to fetch from the Hub",
     "assisted, no exact window": (
-        "tokens that were proposed in vain may be compressed by then; build the cache with a recent_window of "
-        "at least as many tokens as are proposed at once"
+        "tokens that were proposed in vain may be compressed by then; build the cache with a recent_window "
+        "of at least as many tokens as are proposed at once"
     ),
 }
 
