@@ -23,8 +23,8 @@ HEAD = """\
 
 Written by `scripts/make_compatibility.py` from [tests/compatibility](../tests/compatibility), which build
 tiny models of every type with random weights; CI repeats it with the oldest transformers that is supported,
-5.17, and with 5.24. ✓: the test passes. A number: refused, for the reason below. What each column checks is said in
-[features.py](../tests/compatibility/features.py).
+5.17, and with 5.24. ✓: the test passes. A number: refused, for the reason below. What each column checks is
+said in [features.py](../tests/compatibility/features.py).
 
 Sizes, vocabularies and biases do not matter to the cache; what matters is how a model rotates and caches its
 keys. That is found by calling its attention, so models that are not listed work, or are refused, by the same

@@ -1,9 +1,9 @@
 """Undo and redo rotary position embedding.
 
 A pair of coordinates ``(x1, x2)`` becomes ``(x1 c - x2 s, x2 c + x1 s)``. Which coordinates are a pair
-depends on the model: those half a rotary dimension apart, or neighbours (interleaved). The tables ``c`` and ``s``
-are the model's own, rounded to the model's dtype as it rounds them, so undoing divides by ``c^2 + s^2``: that is
-1 up to rounding, or the squared attention scaling of YaRN-like embeddings.
+depends on the model: those half a rotary dimension apart, or neighbours (interleaved). The tables ``c`` and
+``s`` are the model's own, rounded to the model's dtype as it rounds them, so undoing divides by
+``c^2 + s^2``: that is 1 up to rounding, or the squared attention scaling of YaRN-like embeddings.
 """
 
 from __future__ import annotations
