@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 VERSIONS := 5.17 5.24
 VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py
 
+.PRECIOUS: $(VENV)-%/.installed
 .PHONY: install demo test versions lint types bench clean
 
 install: $(STAMP)
