@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint types bench clean
+# Other versions of transformers that are tested, each in an environment of its own.
+VERSIONS := 5.17 5.24
+VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py
+
+.PRECIOUS: $(VENV)-%/.installed
+.PHONY: install demo test versions lint types bench clean
 
 install: $(STAMP)
 
@@ -23,7 +28,21 @@ demo: install
 	$(BIN)/aquakv demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/compatibility
+	$(BIN)/python scripts/make_compatibility.py --check
+
+versions: $(VERSIONS:%=version-%)
+
+version-%: $(VENV)-%/.installed
+	$(VENV)-$*/bin/python -m pytest $(VERSION_TESTS)
+	$(VENV)-$*/bin/python scripts/make_compatibility.py --check
+
+$(VENV)-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-$*.txt)"
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt \
+		-e . pytest pytest-timeout hypothesis
+	@touch $@
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -40,4 +59,4 @@ bench: install
 	$(BIN)/python benchmarks/speed_cpu.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/speed-cpu.json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

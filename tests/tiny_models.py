@@ -5,16 +5,34 @@ import functools
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from aquakv import WindowConfig, calibrate, preset
@@ -39,6 +57,8 @@ _COMMON = {
     "pad_token_id": 0,
 }
 _TWO_HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+#: For models that know no head_dim beside the hidden size.
+_FOUR_HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 #: Neither heads nor head_dim is a power of two; d = 30.
 _ODD = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
 
@@ -70,8 +90,21 @@ _KINDS = {
         LlamaConfig,
         {**_TWO_HEADS, **_rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)},
     ),
+    "llama-linear": (LlamaForCausalLM, LlamaConfig, {**_TWO_HEADS, **_rope(rope_type="linear", factor=2.0)}),
+    # Its frequencies change at the longest sequence that the configuration names.
+    "llama-dynamic": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**_TWO_HEADS, **_rope(rope_type="dynamic", factor=2.0), "max_position_embeddings": 128},
+    ),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {k: v for k, v in _TWO_HEADS.items() if k != "head_dim"}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, _TWO_HEADS),
+    # Every expert takes part: a choice among them may turn on the error of a code.
+    "qwen3-moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**_TWO_HEADS, "moe_intermediate_size": 24, "num_experts": 3, "num_experts_per_tok": 3},
+    ),
     "mistral": (MistralForCausalLM, MistralConfig, {**_ODD, "sliding_window": None}),
     "gemma3": (
         Gemma3ForCausalLM,
@@ -84,6 +117,68 @@ _KINDS = {
             "query_pre_attn_scalar": 10,
         },
     ),
+    # Scores of a few units, so that caps as low as these bend them.
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            **_ODD,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 10.0,
+        },
+    ),
+    # Rotates half of each head.
+    "phi": (
+        PhiForCausalLM,
+        PhiConfig,
+        {**_FOUR_HEADS, **_rope(rope_type="default", partial_rotary_factor=0.5)},
+    ),
+    # Queries, keys and values come from one projection; Phi-4 is of this type too.
+    "phi3": (Phi3ForCausalLM, Phi3Config, _FOUR_HEADS),
+    # As Phi-4 mini: frequencies change behind 128 tokens.
+    "phi3-longrope": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            **_FOUR_HEADS,
+            **_rope(
+                rope_type="longrope",
+                short_factor=[1.0, 1.0, 1.1, 1.1],
+                long_factor=[1.0, 1.5, 3.0, 4.0],
+                original_max_position_embeddings=128,
+                partial_rotary_factor=0.5,
+            ),
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    # Neighbouring coordinates are pairs, in the first half of each head.
+    "glm": (GlmForCausalLM, GlmConfig, {**_TWO_HEADS, **_rope(partial_rotary_factor=0.5)}),
+    "glm4": (Glm4ForCausalLM, Glm4Config, {**_TWO_HEADS, **_rope(partial_rotary_factor=0.5)}),
+    # Neighbours in the whole head.
+    "cohere": (CohereForCausalLM, CohereConfig, {**_FOUR_HEADS, "logit_scale": 1.0}),
+    # Every other layer does not rotate.
+    "smollm3": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config,
+        {**_TWO_HEADS, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]},
+    ),
+    "gpt-oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            **_TWO_HEADS,
+            **_rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 7,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 SUPPORTED = tuple(_KINDS)
@@ -93,6 +188,7 @@ def build(kind="llama", seed=0, dtype=torch.float32, **changes):
     """Build a fresh tiny model; biases and norms are random too, so that no step can be left out unseen."""
     model_class, config_class, settings = _KINDS[kind]
     config = config_class(**{**_COMMON, **settings, **changes})
+    config._experts_implementation = "eager"  # the only one for float64
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -100,6 +196,8 @@ def build(kind="llama", seed=0, dtype=torch.float32, **changes):
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.generation_config.pad_token_id = 0
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers 5.17 would leave out the cap
     return model.to(dtype).requires_grad_(False)
 
 

@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tiny_models import build, codec_for
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "make_tables.py"
 
@@ -21,3 +26,20 @@ def test_readme_holds_every_table():
     blocks = re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- end -->", readme, flags=re.DOTALL)
     assert [name for name, _ in blocks] == ["quality", "speed"]
     assert all(body.startswith("|") and "table:" not in body for _, body in blocks)
+
+
+def test_readmes_program_runs_as_written(tmp_path, monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    words = {word: number for number, word in enumerate(["[UNK]", "The", "quick", "brown", "fox"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    build("llama").save_pretrained(tmp_path)
+    codec_for("llama", "decode").save(tmp_path / "codec.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": str(tmp_path)}
+    exec(program, names)
+    assert names["output"].shape == (1, 4 + 32)
+    assert names["cache"].get_seq_length() == 4 + 31
+    assert capsys.readouterr().out.startswith("The quick brown fox")

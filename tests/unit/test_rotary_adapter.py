@@ -1,40 +1,19 @@
+import sys
+
 import pytest
 import torch
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    DynamicCache,
-    GlmConfig,
-    GlmForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MistralConfig,
-    MistralForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PhiConfig, PhiForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from aquakv import AquaCache
 from aquakv.cache import AquaLayer
-from aquakv.errors import UnsupportedModelError
+from aquakv.errors import CacheStateError, UnsupportedModelError
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import adapt
-from aquakv.models.rotary import RotaryTables, rotate, unrotate
-from tiny_models import (
-    SUPPORTED,
-    VOCAB,
-    WINDOW,
-    build,
-    codec_for,
-    decisive_prompts,
-    feed,
-    random_tokens,
-    shared,
-)
+from aquakv.models.rotary import RotaryLayout, RotaryTables, rotate, unrotate
+from tiny_models import VOCAB, WINDOW, build, codec_for, feed, random_tokens, shared
 
 
 def _tables(tokens, half, scale=1.0, dtype=torch.float32):
@@ -79,72 +58,7 @@ def test_rotating_strided_and_no_tokens():
     assert rotate(strided[:0], RotaryTables(tables.cos[:0], tables.sin[:0])).shape == (0, 3, 10)
 
 
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_tables_are_the_models_own(kind):
-    """Keys that the model rotated, rotated back, are the projection's output (after QK norm)."""
-    model = shared(kind, torch.float64)
-    adapter = adapt(model)
-    layer = adapter.compressed_layers[0]
-    attention, before = adapter.layers[layer].self_attn, []
-    source = getattr(attention, "k_norm", attention.k_proj)
-    handle = source.register_forward_hook(lambda module, args, output: before.append(output))
-    keys = []
-
-    class Spy(DynamicCache):
-        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-            keys.append(key_states)
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    positions = torch.tensor([[3, 4, 9, 60]])
-    with torch.no_grad():
-        model(random_tokens(1, 4), position_ids=positions, past_key_values=Spy(config=model.config))
-    handle.remove()
-    raw = before[0].reshape(4, -1) if before[0].ndim == 3 else None
-    if raw is None:  # a norm over [rows, tokens, heads, dim], or with heads before tokens
-        raw = before[0][0] if before[0].shape[1] == 4 else before[0][0].transpose(0, 1)
-        raw = raw.reshape(4, -1)
-    tables = adapter.rotary_tables(positions[0], layer, torch.float64, torch.device("cpu"))
-    ours = unrotate(keys[layer][0].transpose(0, 1), tables).reshape(4, -1)
-    # The rotation is undone in float32.
-    torch.testing.assert_close(ours.double(), raw, atol=1e-5, rtol=0)
-
-
-# --- every supported architecture -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_streaming_equals_single_pass(kind):
-    model, codec = shared(kind, torch.float64), codec_for(kind)
-    tokens = random_tokens(2, 43, seed=3)
-    with torch.no_grad(), single_pass(adapt(model), codec, WINDOW) as cache:
-        expected = model(tokens, past_key_values=cache, use_cache=True).logits
-    assert (expected - model(tokens).logits).abs().max() > 1e-3
-    for sizes in ([1] * 43, [10, 8, 8, 3, 5, 8, 1]):
-        logits = feed(model, AquaCache(model, codec), tokens, sizes)
-        # The same float64 arithmetic in another order.
-        torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_eight_bits_generate_what_the_exact_cache_does(kind):
-    model, (prompts, expected) = shared(kind, torch.float64), decisive_prompts(kind, 2)
-    cache = AquaCache(model, codec_for(kind, bits=8))
-    out = model.generate(prompts, past_key_values=cache, max_new_tokens=32, do_sample=False)
-    assert out.tolist() == expected.tolist()
-    assert cache.layout.coded == [48, 48]
-    assert cache.footprint().coded_values > 0
-
-
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_left_padding_changes_no_row(kind):
-    model, codec = shared(kind, torch.float64), codec_for(kind)
-    rows = [random_tokens(n, seed=n) for n in (31, 24)]
-    tokens = torch.stack([rows[0], torch.cat([torch.zeros(7, dtype=torch.long), rows[1]])])
-    mask = torch.tensor([[1] * 31, [0] * 7 + [1] * 24])
-    together = feed(model, AquaCache(model, codec), tokens, [20, 5, 1, 5], mask)
-    for i, sizes in ((0, [20, 5, 1, 5]), (1, [13, 5, 1, 5])):
-        alone = feed(model, AquaCache(model, codec), rows[i][None], sizes)
-        torch.testing.assert_close(together[i, -len(rows[i]) :], alone[0], atol=1e-9, rtol=0)
+# Every supported architecture is a row of tests/compatibility.
 
 
 def test_a_hybrid_models_sliding_layers_stay_as_they_are():
@@ -152,7 +66,8 @@ def test_a_hybrid_models_sliding_layers_stay_as_they_are():
     adapter = adapt(model)
     assert adapter.compressed_layers == (1, 3)
     cache = AquaCache(model, codec_for("gemma3"))
-    assert [type(x) for x in cache.layers] == [DynamicSlidingWindowLayer, AquaLayer] * 2
+    kinds = [DynamicSlidingWindowLayer, AquaLayer] * 2
+    assert all(isinstance(layer, kind) for layer, kind in zip(cache.layers, kinds, strict=True))
     feed(model, cache, random_tokens(2, 43), [40, 3])
     footprint = cache.footprint()
     assert footprint.coded_values == 2 * 40 * 2 * 30 * 2
@@ -209,48 +124,72 @@ def test_partial_rotary_embedding_leaves_the_rest_of_the_head():
     assert (logits - model(tokens).logits).abs().max() < 0.05
 
 
-# --- what is refused --------------------------------------------------------------------------------------
-
-_SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+def test_neighbours_are_rotated_as_glm_does():
+    cos, sin = _tables(23, 5)
+    vectors = torch.randn(1, 3, 23, 12, generator=torch.Generator().manual_seed(0))
+    theirs = apply_interleaved(vectors, vectors, cos, sin)[1][0].transpose(0, 1)
+    tables = RotaryTables.from_model(cos, sin, RotaryLayout(interleaved=True))
+    plain = vectors[0].transpose(0, 1)
+    torch.testing.assert_close(rotate(plain, tables), theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(unrotate(theirs, tables), plain, atol=3e-6, rtol=0)
+    nothing = tables.turning_nothing()
+    assert torch.equal(rotate(plain, nothing), plain)
+    assert torch.equal(unrotate(plain, nothing), plain)
 
 
-def _t5():
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
+@pytest.mark.parametrize(
+    ("kind", "layout", "unrotated"),
+    [
+        ("llama", RotaryLayout(), set()),
+        ("gpt-oss", RotaryLayout(tables="once"), set()),
+        ("glm4", RotaryLayout(interleaved=True), set()),
+        ("cohere", RotaryLayout(interleaved=True, tables="neighbours"), set()),
+        ("smollm3", RotaryLayout(), {1, 3}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layouts_are_found(kind, layout, unrotated, dtype):
+    adapter = adapt(shared(kind, dtype))
+    assert (adapter.layout, adapter.unrotated) == (layout, unrotated)
+    assert adapter.rotates_by_halves == (not layout.interleaved and not unrotated)
 
 
-REFUSED = {
-    "t5": (_t5, "encoder-decoder"),
-    "gpt2": (
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=2, n_head=2)),
-        "decoder layers",
-    ),
-    "glm": (lambda: GlmForCausalLM(GlmConfig(**_SMALL, head_dim=16)), "pairs coordinates|interleav"),
-    "cohere": (lambda: CohereForCausalLM(CohereConfig(**_SMALL)), "pairs coordinates|interleav"),
-    "mistral": (lambda: MistralForCausalLM(MistralConfig(**_SMALL, sliding_window=8)), "sliding windows"),
-}
+def test_attention_that_rotates_in_no_known_way_is_refused(monkeypatch):
+    model = build("llama")
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos, k * (cos + sin)))
+    with pytest.raises(UnsupportedModelError, match=r"'llama' is not supported: .*rotate keys in pairs"):
+        adapt(model)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_cannot_be_compressed_are_refused_with_the_reason(name):
-    make, reason = REFUSED[name]
-    model = make().eval()
-    for attempt in (lambda: adapt(model), lambda: AquaCache(model, codec_for("llama"))):
-        with pytest.raises(UnsupportedModelError, match=f"'{name}' is not supported: .*({reason})") as error:
-            attempt()
-        assert str(error.value).isprintable()
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+# --- frequencies that change ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama-dynamic", "phi3-longrope"])
+def test_frequencies_that_change_are_refused_and_change_nothing(kind):
+    model, codec = build(kind, dtype=torch.float64), codec_for(kind)
+    tokens = random_tokens(1, 131, seed=3)
+    cache = AquaCache(model, codec, window=WINDOW)
+    feed(model, cache, tokens[:, :120], [120])
+    with pytest.raises(CacheStateError, match=r"changes its frequencies, but the cache holds 120 tokens"):
+        feed(model, cache, tokens[:, 120:], [11])
+    assert cache.layout.columns == 120
+    # What goes on within the length is as if nothing had been tried, though the model has other tables now.
+    other = AquaCache(model, codec, window=WINDOW)
+    expected = feed(model, other, tokens[:, :124], [120, 4])[:, 120:]
+    positions = torch.arange(120, 124)[None]
+    with torch.no_grad():
+        got = model(tokens[:, 120:124], position_ids=positions, past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
+
+
+def test_a_sequence_that_begins_with_the_longer_frequencies_goes_on():
+    model, codec = build("phi3-longrope", dtype=torch.float64), codec_for("phi3-longrope", bits=8)
+    tokens = random_tokens(1, 150, seed=3)
+    cache = AquaCache(model, codec, window=WINDOW)
+    logits = feed(model, cache, tokens, [132, *[1] * 18])
+    assert (logits - model(tokens).logits).abs().max() < 0.05
+    assert cache.why_no_graphs() is not None
 
 
 def test_adapter_facts():

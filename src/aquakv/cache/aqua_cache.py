@@ -26,7 +26,7 @@ from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError, ConfigError
 from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
-from aquakv.models.attention import attends_to_views
+from aquakv.models.attention import why_no_views
 from aquakv.models.hooks import ModelHooks
 from aquakv.models.uncompiled import uncompiled
 
@@ -130,13 +130,14 @@ class AquaCache(Cache):
         self._in_forward = False
         self._prepared: PagedStep | None = None
         self._broken = False
-        self._paged = self._fused and why_not_paged(self.codec, self.window.block_tokens) is None
+        self._paged = self._fused and self._why_not_paged() is None
         self._build()
         super().__init__(layers=self.layers)
 
     def _build(self) -> None:
         self.layout = TokenLayout(self.window)
         self._steady = None
+        self._frequencies = 0
         self._state = PagedState(self._backend)
         self.layers: list[Any] = self._adapter.exact_layers()
         for index in self._adapter.compressed_layers:
@@ -161,8 +162,22 @@ class AquaCache(Cache):
         self._mask = attention_mask if padding else None
 
     def positions_known(self, position_ids: Tensor) -> None:
-        """Receive the position ids of a forward pass (called by the model's hooks)."""
-        self._positions = position_ids
+        """Receive the position ids of a forward pass (called by the model's hooks).
+
+        Raises
+        ------
+        CacheStateError
+            The pass rotates by other frequencies than those by which the tokens held were rotated. Nothing
+            has changed then.
+        """
+        frequencies = self._adapter.frequencies(position_ids)
+        if self.layout.columns and frequencies != self._frequencies:
+            raise CacheStateError(
+                f"in this pass the model's rotary embedding ({self._adapter.changing_rope_type}) changes its "
+                f"frequencies, but the cache holds {self.layout.columns} tokens rotated by those before; "
+                "end the sequence here, or feed all of it anew to a cache that was reset"
+            )
+        self._frequencies, self._positions = frequencies, position_ids
 
     def _attends_to_codes(self, new_columns: int) -> bool:
         """Tell whether the pass that begins attends to codes."""
@@ -188,11 +203,17 @@ class AquaCache(Cache):
         implementation = getattr(self._adapter.config, "_attn_implementation", "eager")
         if reason is None and implementation not in ("sdpa", "eager"):
             reason = f"the model attends by {implementation}, expected sdpa or eager"
-        if reason is None and not attends_to_views(self._adapter):
-            reason = f"the attention of {self._adapter.name} needs keys and values as tensors"
+        if reason is None:
+            reason = why_no_views(self._adapter)
         if reason is not None and attention == "fused":
             raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
         return reason is None and (attention == "fused" or implementation == "sdpa")
+
+    def _why_not_paged(self) -> str | None:
+        reason = why_not_paged(self.codec, self.window.block_tokens)
+        if reason is None and not self._adapter.rotates_by_halves:
+            reason = "kernels rotate every layer's keys, in pairs half a rotary dimension apart"
+        return reason
 
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
@@ -339,7 +360,9 @@ class AquaCache(Cache):
         """Return why no step through this cache can be captured in a graph, or None if some can."""
         if not self._fused:
             return "the cache reconstructs keys and values in every step (attention general)"
-        reason = why_not_paged(self.codec, self.window.block_tokens)
+        reason = self._why_not_paged()
+        if reason is None and self._adapter.changing_rope_type is not None:
+            reason = f"its rotary frequencies ({self._adapter.changing_rope_type}) change as a sequence grows"
         if reason is None and len(self._compressed) < len(self.layers):
             reason = "some layers attend through sliding windows, whose caches move"
         return reason
@@ -425,10 +448,14 @@ class AquaCache(Cache):
             Some of these tokens are compressed already. Nothing has changed then.
         """
         self._require_intact()
+        tokens_to_remove = int(tokens_to_remove)  # transformers may hand over a tensor
         columns = self.layout.columns
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, columns - tokens_to_remove)
         removed = min(removed, columns)
         if removed == 0:
+            for layer in self.layers:  # those that recorded what has left their windows may now forget it
+                if layer.is_initialized and getattr(layer, "record_past", False):
+                    layer.crop(0)
             return
         for layer in self.layers:
             dropped = layer.is_sliding and columns >= layer.sliding_window
@@ -507,6 +534,7 @@ class AquaCache(Cache):
         other = AquaCache(
             self._adapter.model, self.codec, window=self.window, attention=self._choice, backend=self._backend
         )
+        other._frequencies = self._frequencies
         other.layout = copy.deepcopy(self.layout, memo)
         other.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in other._compressed:

@@ -16,13 +16,17 @@ class AquaLayer(CacheLayerMixin):
     """One compressed layer: what it holds, and where it is asked; the work is `CacheStep`'s."""
 
     is_sliding = False
-    is_croppable = False
 
     def __init__(self, layout: TokenLayout, pages: CodedPages) -> None:
         super().__init__()
         self.layout = layout
         self.pages = pages
         self.exact: ExactTokens | None = None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest token can always be taken back, whatever has just been compressed."""
+        return self.layout.window.recent_window > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the exact store for keys and values ``[rows, num_kv_heads, tokens, head_dim]``."""
@@ -48,8 +52,6 @@ class AquaLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return -1: there is no maximum."""
         return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.18
 
     @property
     def batch_size(self) -> int:

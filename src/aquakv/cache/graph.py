@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from aquakv.cache.aqua_cache import AquaCache, Steady
 from aquakv.errors import CacheStateError, ConfigError, ShapeError
+from aquakv.models.versions import CACHE_ARGUMENTS, given_cache
 
 #: Computes a step anew from what its inputs hold now; returns the same tensor every time.
 Replay = Callable[[], Tensor]
@@ -32,10 +33,10 @@ _KNOWN = frozenset(
         "input_ids",
         "attention_mask",
         "position_ids",
-        "past_key_values",
         "use_cache",
         "return_dict",
         "logits_to_keep",
+        *CACHE_ARGUMENTS,
     }
 )
 
@@ -220,7 +221,7 @@ class DecodeGraph:
         """Tell whether a forward pass is a step of this cache with nothing unusual about it."""
         tokens, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         return (
-            arguments.get("past_key_values") is self._cache
+            given_cache(arguments) is self._cache
             and isinstance(tokens, Tensor)
             and tuple(tokens.shape) == (self._cache.layout.rows, 1)
             and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))

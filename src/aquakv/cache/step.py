@@ -44,7 +44,7 @@ class Blocks:
     first_column: int = 0
     hats: History = ()
     _index: dict[torch.device, Tensor] = field(default_factory=dict)
-    _tables: dict[torch.device, RotaryTables] = field(default_factory=dict)
+    _tables: dict[tuple[torch.device, str], RotaryTables] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.pages)
@@ -68,13 +68,14 @@ class Blocks:
         return self._index[device]
 
     def tables(self, adapter: ModelAdapter, layer_idx: int, keys: Tensor) -> RotaryTables:
-        """Return the tokens' cosines and sines, which all full-attention layers share."""
-        if keys.device not in self._tables:
+        """Return the tokens' cosines and sines, which all layers share that rotate alike."""
+        which = keys.device, adapter.rotary_kind(layer_idx)
+        if which not in self._tables:
             positions = self.layout.positions
             assert positions is not None  # set by layout.append
             chosen = positions.flatten()[self.layout.page_columns(self.pages, positions.device)]
-            self._tables[keys.device] = adapter.rotary_tables(chosen, layer_idx, keys.dtype, keys.device)
-        return self._tables[keys.device]
+            self._tables[which] = adapter.rotary_tables(chosen, layer_idx, keys.dtype, keys.device)
+        return self._tables[which]
 
     def place(self, out: Tensor, vectors: Tensor) -> None:
         """Write the tokens' ``vectors`` ``[tokens, heads * head_dim]`` to their columns of ``out``."""

@@ -143,7 +143,7 @@ class PageTables:
         if records.room:
             most += records.room // rows + 1  # rows gain blocks in turn
         offsets = adapter.rotary_tables(torch.arange(PAGE_TOKENS), layer_idx, torch.float32, device)
-        cos, sin = (table[:, 0] for table in offsets)
+        cos, sin = offsets.cos[:, 0], offsets.sin[:, 0]
         zeros = cos.new_zeros(rows, most * each, cos.shape[-1])
         number = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         tables = cls(
@@ -190,7 +190,7 @@ class PageTables:
             self.table.view(-1).index_copy_(0, where, numbers.int())
             positions = layout.positions.to(device).flatten()[on_device(columns)]
             found = adapter.rotary_tables(positions, layer_idx, torch.float32, device)
-            for kept, table in zip((self.rotary.page_cos, self.rotary.page_sin), found, strict=True):
+            for kept, table in ((self.rotary.page_cos, found.cos), (self.rotary.page_sin, found.sin)):
                 kept.view(-1, kept.shape[-1]).index_copy_(0, where, table[:, 0].float())
             self.block_rows = torch.cat([self.block_rows, on_device([row for row, _ in new])])
             hopper.renew_turns(self.rotary)

@@ -95,7 +95,7 @@ def key_weight(adapter: ModelAdapter, layer_idx: int, moments: QueryMoments, seq
     identity = torch.eye(adapter.head_dim, device=device)[None]
     weight = torch.zeros_like(moments.sums)
     for index in range(len(distances)):
-        one = RotaryTables(tables.cos[index : index + 1], tables.sin[index : index + 1])
+        one = tables._replace(cos=tables.cos[index : index + 1], sin=tables.sin[index : index + 1])
         rotation = rotate(identity, one)[0].double()  # row i is the rotated unit vector i
         weight += rotation.T @ moments.sums @ rotation
     return weight / (len(distances) * max(moments.count, 1))

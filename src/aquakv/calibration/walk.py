@@ -13,6 +13,7 @@ from aquakv.errors import UnsupportedModelError
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.attention import observed_queries
 from aquakv.models.rotary import unrotate
+from aquakv.models.versions import CACHE_ARGUMENTS, cache_argument
 
 Batches = list[Tensor]
 QueryObserver = Callable[[Tensor], None]
@@ -76,7 +77,7 @@ class LayerWalk:
                     f"model type {self.adapter.name!r} passes its layers positional arguments; "
                     "expected keyword arguments beside the hidden states"
                 )
-            dropped = ("hidden_states", "past_key_values", "use_cache")
+            dropped = ("hidden_states", "use_cache", *CACHE_ARGUMENTS)
             arguments.append({k: v for k, v in kwargs.items() if k not in dropped})
 
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.adapter.layers]
@@ -122,12 +123,11 @@ class LayerWalk:
         tables = None
         for index, hidden in enumerate(self.hidden):
             capture = _Capture(stop=is_last and on_queries is None)
+            cache = {cache_argument(layer): capture}
             hidden = hidden.to(self.adapter.model.device)
             try:
                 with observed_queries(self.adapter, layer_idx, on_queries):
-                    output = layer(
-                        hidden, **self.arguments[layer_idx], past_key_values=capture, use_cache=True
-                    )
+                    output = layer(hidden, **self.arguments[layer_idx], **cache, use_cache=True)
                 self.hidden[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
             except _StopForwardError:
                 pass

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,16 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from aquakv.codec import ModelFingerprint
 from aquakv.errors import DataError, UnsupportedModelError
-from aquakv.models.rotary import RotaryTables, rotate
+from aquakv.models.probe import Findings, ProbeError, probe
+from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
+from aquakv.models.versions import fresh_layers
 
-#: Rotary types whose tables for a position depend on how long the sequence has become: what was rotated with
-#: one table cannot be undone with another.
+#: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
+#: cannot be undone with another.
 _CHANGING_ROPE_TYPES = frozenset({"dynamic", "longrope"})
+
+#: What probing a model found: its modules do not change.
+_found: WeakKeyDictionary[PreTrainedModel, Findings] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class ModelAdapter:
         Indices of the layers with full attention: those are compressed.
     num_kv_heads, head_dim
         Shape of a token's keys at those layers.
+    layout
+        How keys are rotated there.
+    unrotated
+        Those of them that do not rotate keys.
     """
 
     model: PreTrainedModel
@@ -50,6 +59,8 @@ class ModelAdapter:
     compressed_layers: tuple[int, ...]
     num_kv_heads: int
     head_dim: int
+    layout: RotaryLayout = LAYOUTS[0]
+    unrotated: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -85,36 +96,74 @@ class ModelAdapter:
     def _rotary_takes_layer_type(self) -> bool:
         return "layer_type" in inspect.signature(type(self.rotary).forward).parameters
 
+    @cached_property
+    def changing_rope_type(self) -> str | None:
+        """The rotary type whose frequencies change as sequences grow; None if they never do."""
+        types = _rope_types(getattr(self.config, "rope_parameters", None))
+        return next(iter(sorted(types & _CHANGING_ROPE_TYPES)), None)
+
+    @property
+    def rotates_by_halves(self) -> bool:
+        """Whether all compressed layers rotate their keys, in pairs half a rotary dimension apart."""
+        return not self.unrotated and not self.layout.interleaved
+
+    def rotary_kind(self, layer_idx: int) -> str:
+        """Return what layers have in common whose `rotary_tables` of the same tokens are the same."""
+        if layer_idx in self.unrotated:
+            return "none"
+        return self.config.layer_types[layer_idx] if self._rotary_takes_layer_type else "all"
+
+    def frequencies(self, position_ids: Tensor) -> int:
+        """Return a number that tells a forward pass's rotary frequencies from others'.
+
+        Parameters
+        ----------
+        position_ids
+            ``[rows, tokens]`` of the pass. Their values are read (which waits for their device) only where
+            frequencies change.
+        """
+        if self.changing_rope_type is None:
+            return 0
+        longest = int(position_ids.max()) + 1
+        if self.changing_rope_type == "longrope":
+            return int(longest > self.config.rope_parameters["original_max_position_embeddings"])
+        original: Any = self.rotary.original_max_seq_len
+        return 0 if longest < original else longest
+
     def rotary_tables(
         self, positions: Tensor, layer_idx: int, dtype: torch.dtype, device: torch.device
     ) -> RotaryTables:
-        """Return the model's own cosines and sines.
+        """Return the model's own cosines and sines, with the frequencies of its last forward pass.
 
         Parameters
         ----------
         positions
             ``[tokens]`` position ids, any integer dtype.
         layer_idx
-            Layer whose rotary embedding is meant (some models have several).
+            Layer whose rotary embedding is meant (some models have several, and layers without).
         dtype
             The model's dtype: the tables are rounded to it, as the model does.
         device
             Where the tables are wanted.
         """
-        probe = torch.empty(1, 0, dtype=dtype, device=device)
+        like = torch.empty(1, 0, dtype=dtype, device=device)
         positions = positions.to(device=device, dtype=torch.long)[None]
-        return RotaryTables.from_model(*self.rotary_embeddings(probe, positions, layer_idx))
+        tables = RotaryTables.from_model(*self.rotary_embeddings(like, positions, layer_idx), self.layout)
+        return tables.turning_nothing() if layer_idx in self.unrotated else tables
 
     def rotary_embeddings(self, like: Tensor, positions: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return cosines and sines as the model's attention gets them, in dtype and device of ``like``."""
-        arguments = [like, positions]
+        arguments: list[Any] = [like, positions]
         if self._rotary_takes_layer_type:
             arguments.append(self.config.layer_types[layer_idx])
-        return self.rotary.forward(*arguments)  # not __call__: hooks are for the model's own passes
+        if self.changing_rope_type is None:
+            return self.rotary.forward(*arguments)  # not __call__: hooks are for the model's own passes
+        # What wraps it would change the frequencies, for the model's next passes too.
+        return inspect.unwrap(type(self.rotary).forward)(self.rotary, *arguments)
 
     def exact_layers(self) -> list[Any]:
         """Return fresh transformers cache layers, one for every decoder layer."""
-        return list(DynamicCache(config=self.config).layers)
+        return fresh_layers(self.config)
 
     def fingerprint(self) -> ModelFingerprint:
         """Return what ties a codec to this model."""
@@ -146,58 +195,54 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
 
     if model.config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder, and aquakv compresses decoder-only models")
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in layers):
-        raise refuse("expected a stack of decoder layers, each with a self_attn module")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise refuse("it caches a latent (multi-head latent attention) rather than keys and values")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("its layers share keys and values")
     cache_layers = DynamicCache(config=config).layers
-    if len(cache_layers) != len(layers):
-        raise refuse(f"expected a cache layer for each of {len(layers)} layers, found {len(cache_layers)}")
     for layer in cache_layers:
+        if "LinearAttention" in type(layer).__name__:
+            raise refuse("it has layers of linear attention or state spaces, which keep no keys and values")
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise refuse(f"it needs a cache layer of type {type(layer).__name__}")
+    decoder = model.get_decoder()
+    if decoder is model:  # what transformers returns where it finds none
+        decoder = getattr(model, "model", model)
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise refuse("expected a stack of decoder layers, each with a self_attn module")
+    if len(cache_layers) != len(layers):
+        raise refuse(f"expected a cache layer for each of {len(layers)} layers, found {len(cache_layers)}")
     compressed = tuple(i for i, layer in enumerate(cache_layers) if type(layer) is DynamicLayer)
     if not compressed:
         raise refuse("all its layers attend through sliding windows, whose caches do not grow")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise refuse("it caches a latent (multi-head latent attention) rather than keys and values")
     rotary = getattr(decoder, "rotary_emb", None)
     if not isinstance(rotary, nn.Module):
         raise refuse("expected rotary position embedding in a module named rotary_emb")
-    for rope_type in sorted(_rope_types(getattr(config, "rope_parameters", None))):
-        if rope_type in _CHANGING_ROPE_TYPES:
-            raise refuse(f"the frequencies of its rotary embedding ({rope_type}) change as a sequence grows")
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    adapter = ModelAdapter(model, decoder, config, rotary, compressed, kv_heads, head_dim)
-    _check_rotation(adapter, refuse)
-    return adapter
-
-
-def _check_rotation(adapter: ModelAdapter, refuse: Any) -> None:
-    """Compare our rotation with the model's own on random vectors; refuse the model if they differ."""
-    layer_idx = adapter.compressed_layers[0]
-    attention = adapter.layers[layer_idx].self_attn
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if apply is None:
-        raise refuse("its attention does not apply rotary embedding in the usual way")
-    positions = torch.tensor([0, 1, 5, 100])
-    tables = adapter.rotary_tables(positions, layer_idx, torch.float32, torch.device("cpu"))
-    width = 2 * tables.cos.shape[-1]
-    if width > adapter.head_dim:
-        raise refuse(f"its rotary embedding is wider ({width}) than its heads ({adapter.head_dim})")
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, 1, len(positions), width, generator=generator)
-    cos, sin = (torch.cat([table, table], -1)[None, :, 0] for table in tables)
-    try:
-        theirs = apply(probe, probe, cos, sin)[1][0].transpose(0, 1)
-    except (RuntimeError, TypeError) as error:
-        raise refuse("its attention applies rotary embedding in another form") from error
-    if not torch.allclose(theirs, rotate(probe[0].transpose(0, 1), tables), atol=1e-5):
-        raise refuse("its rotary embedding pairs coordinates in another order than half a rotation apart")
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    changing = sorted(_rope_types(parameters) & _CHANGING_ROPE_TYPES)
+    if changing and "rope_type" not in parameters:
+        raise refuse(f"it has several rotary embeddings, and the frequencies of one ({changing[0]}) change")
+    found = _found.get(model)
+    if found is None:
+        unknown = ModelAdapter(model, decoder, config, rotary, compressed, 0, 0)
+        attentions: dict[int, Any] = {index: layers[index].self_attn for index in compressed}
+        try:
+            found = probe(attentions, config.hidden_size, unknown.rotary_embeddings)
+        except ProbeError as error:
+            raise refuse(str(error)) from error
+        _found[model] = found
+    return ModelAdapter(
+        model,
+        decoder,
+        config,
+        rotary,
+        compressed,
+        found.num_kv_heads,
+        found.head_dim,
+        found.layout,
+        found.unrotated,
+    )
 
 
 def _rope_types(parameters: Any) -> set[str]:

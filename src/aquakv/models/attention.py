@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from aquakv.errors import CacheStateError, UnsupportedModelError
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.uncompiled import uncompiled
+from aquakv.models.versions import cache_argument, sdpa_ignores_softcap
 
 _NAME = "aquakv_observed"
 
@@ -96,6 +97,7 @@ class _Probe:
 
     def __init__(self) -> None:
         self.attended = False
+        self.softcap: float | None = None
 
     def update(self, *_: Any, **__: Any) -> tuple[Any, Any]:
         return self, self
@@ -103,21 +105,24 @@ class _Probe:
     def attend(
         self, query: Tensor, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None
     ) -> Tensor:
-        self.attended = True
+        self.attended, self.softcap = True, softcap
         return query.transpose(1, 2)
 
 
-def attends_to_views(adapter: ModelAdapter) -> bool:
-    """Try whether a model's attention hands on what its cache returns, untouched.
+def why_no_views(adapter: ModelAdapter) -> str | None:
+    """Return why a model's attention cannot attend to a `View`, or None if it can.
+
+    It can if it hands on what its cache returns.
 
     Calls the first compressed layer's attention with one token, in a configuration of its own.
     """
+    tensors = f"the attention of {adapter.name} needs keys and values as tensors"
     attention: Any = adapter.layers[adapter.compressed_layers[0]].self_attn
     if not hasattr(attention, "config"):
-        return False
+        return tensors
     weight = next(attention.parameters(), None)
     if weight is None or not weight.is_floating_point():
-        return False
+        return tensors
     probe, accepted = _Probe(), _OWN in attention.config.__dict__
     hidden = torch.zeros(1, 1, adapter.config.hidden_size, dtype=weight.dtype, device=weight.device)
     position = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
@@ -129,15 +134,23 @@ def attends_to_views(adapter: ModelAdapter) -> bool:
                 hidden_states=hidden,
                 position_embeddings=embeddings,
                 attention_mask=None,
-                past_key_values=probe,
                 position_ids=position,
+                **{cache_argument(attention): probe},
             )
     except Exception:  # whatever it trips over, it cannot take a view
-        return False
+        return tensors
     finally:
         if not accepted:
             refuse_views(attention)
-    return probe.attended
+    if not probe.attended:
+        return tensors
+    implementation = getattr(adapter.config, "_attn_implementation", "eager")
+    if probe.softcap is not None and implementation == "sdpa" and sdpa_ignores_softcap():
+        return (
+            f"{adapter.name} caps its scores, which this version of transformers leaves out in sdpa; load "
+            'the model with attn_implementation="eager"'
+        )
+    return None
 
 
 def attention_function(attention: nn.Module, implementation: str) -> Any:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from aquakv.models.adapter import ModelAdapter, adapt
 from aquakv.models.attention import accept_views, refuse_views
 from aquakv.models.uncompiled import uncompiled
+from aquakv.models.versions import given_cache
 
 
 @runtime_checkable
@@ -91,7 +92,7 @@ class ModelHooks:
     @uncompiled
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = _by_name(module, args, kwargs)
-        candidates = [arguments.get("past_key_values"), *args]
+        candidates = [given_cache(arguments), *args]
         observers = (c for c in candidates if isinstance(c, ForwardObserver))
         current = next((observer for observer in observers if observer.decoder is module), None)
         self._current.pop(get_ident(), None)

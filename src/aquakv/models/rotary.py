@@ -1,16 +1,51 @@
 """Undo and redo rotary position embedding.
 
-A pair of coordinates ``(x1, x2)``, half a rotary dimension apart, becomes ``(x1 c - x2 s, x2 c + x1 s)``. The
-tables ``c`` and ``s`` are the model's own, rounded to the model's dtype as it rounds them, so undoing divides
-by ``c^2 + s^2``: that is 1 up to rounding, or the squared attention scaling of YaRN-like embeddings.
+A pair of coordinates ``(x1, x2)`` becomes ``(x1 c - x2 s, x2 c + x1 s)``. Which coordinates are a pair
+depends on the model: those half a rotary dimension apart, or neighbours (interleaved). The tables ``c`` and
+``s`` are the model's own, rounded to the model's dtype as it rounds them, so undoing divides by
+``c^2 + s^2``: that is 1 up to rounding, or the squared attention scaling of YaRN-like embeddings.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RotaryLayout:
+    """How a model lays out what it rotates.
+
+    Attributes
+    ----------
+    interleaved
+        Whether pairs are neighbours; otherwise they are half a rotary dimension apart.
+    tables
+        How often the model's tables hold the number of each pair: ``once``; ``halves``: twice, the second
+        half repeating the first; ``neighbours``: twice, side by side.
+    """
+
+    interleaved: bool = False
+    tables: Literal["once", "halves", "neighbours"] = "halves"
+
+    def of_pairs(self, table: Tensor) -> Tensor:
+        """Return one number for each pair, ``[…, pairs]``, of a model's table ``[…, width]``."""
+        if self.tables == "neighbours":
+            return table[..., ::2]
+        return table if self.tables == "once" else table[..., : table.shape[-1] // 2]
+
+
+#: All that are tried, the most usual first.
+LAYOUTS = (
+    RotaryLayout(),
+    RotaryLayout(tables="once"),
+    RotaryLayout(interleaved=True),
+    RotaryLayout(interleaved=True, tables="neighbours"),
+    RotaryLayout(interleaved=True, tables="once"),
+)
 
 
 class RotaryTables(NamedTuple):
@@ -20,20 +55,34 @@ class RotaryTables(NamedTuple):
     ----------
     cos, sin
         ``[tokens, 1, rotary_dim // 2]`` float32, broadcast over heads.
+    interleaved
+        Whether pairs are neighbours; otherwise they are half a rotary dimension apart.
     """
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool = False
 
     @classmethod
-    def from_model(cls, cos: Tensor, sin: Tensor) -> RotaryTables:
-        """Build from a model's ``cos`` and ``sin`` ``[1, tokens, rotary_dim]``, whose halves are equal."""
-        half = cos.shape[-1] // 2
-        return cls(cos[0, :, None, :half].float(), sin[0, :, None, :half].float())
+    def from_model(cls, cos: Tensor, sin: Tensor, layout: RotaryLayout = LAYOUTS[0]) -> RotaryTables:
+        """Build from a model's ``cos`` and ``sin``, each ``[1, tokens, width]`` as the layout has them."""
+        cos, sin = (layout.of_pairs(table)[0, :, None].float() for table in (cos, sin))
+        return cls(cos, sin, layout.interleaved)
 
     def to(self, device: torch.device) -> RotaryTables:
         """Return the tables on another device."""
-        return RotaryTables(self.cos.to(device), self.sin.to(device))
+        return self._replace(cos=self.cos.to(device), sin=self.sin.to(device))
+
+    def turning_nothing(self) -> RotaryTables:
+        """Return tables of the same tokens that leave every vector as it is."""
+        return self._replace(cos=torch.ones_like(self.cos), sin=torch.zeros_like(self.sin))
+
+    def pairs(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of the first and the second coordinate of every pair, ``[…, rotary_dim // 2]``."""
+        half = self.cos.shape[-1]
+        if self.interleaved:
+            return vectors[..., 0 : 2 * half : 2], vectors[..., 1 : 2 * half : 2]
+        return vectors[..., :half], vectors[..., half : 2 * half]
 
 
 def rotate(vectors: Tensor, tables: RotaryTables) -> Tensor:
@@ -51,21 +100,18 @@ def rotate(vectors: Tensor, tables: RotaryTables) -> Tensor:
     Tensor
         Same shape, float32.
     """
-    return _rotate(vectors, tables.cos, tables.sin)
+    half = tables.cos.shape[-1]
+    out = (
+        vectors.float().clone() if vectors.shape[-1] > 2 * half else vectors.new_empty(vectors.shape).float()
+    )
+    first, second = (part.float() for part in tables.pairs(vectors))
+    out_first, out_second = tables.pairs(out)
+    torch.mul(first, tables.cos, out=out_first).addcmul_(second, tables.sin, value=-1)
+    torch.mul(second, tables.cos, out=out_second).addcmul_(first, tables.sin)
+    return out
 
 
 def unrotate(vectors: Tensor, tables: RotaryTables) -> Tensor:
     """Undo `rotate` with the same tables, in float32."""
     norm = tables.cos.square() + tables.sin.square()
-    return _rotate(vectors, tables.cos / norm, -tables.sin / norm)
-
-
-def _rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    out = (
-        vectors.float().clone() if vectors.shape[-1] > 2 * half else vectors.new_empty(vectors.shape).float()
-    )
-    first, second = vectors[..., :half].float(), vectors[..., half : 2 * half].float()
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    return out
+    return rotate(vectors, tables._replace(cos=tables.cos / norm, sin=-tables.sin / norm))
