@@ -133,14 +133,12 @@ def test_images_hold_the_operands(name):
     places = [4 * ((k % 8) // 2) + k % 2 + 2 * (k // 8) for k in range(16)]
     for head in range(plain.num_kv_heads):
         image = from_image(arranged.score_images[head, :size], columns)
-        slow = arranged.score_images[head, size:].view(-1, 64 * 128)
+        slow = [from_image(block, 64) for block in arranged.score_images[head, size:].view(-1, 64 * 128)]
         rows = plain.score_synthesis[head]
         for field in range(arranged.head_fields):
             for k, place in enumerate(places):
-                number = (
-                    arranged.field_order[head][field] if field < len(arranged.field_order[head]) else field
-                )
-                slot = number * 16 + place
+                order = arranged.field_order[head]
+                slot = 16 * (order[field] if field < len(order) else field) + place
                 expected = rows[slot] / SCALE_ROOM if slot < len(rows) else torch.zeros(plain.head_dim).half()
                 for number, pair in enumerate(pairs):
                     if pair >= half:
@@ -149,8 +147,9 @@ def test_images_hold_the_operands(name):
                         at = number // 8 * 16 + number % 8
                         got = image[[at, at + 8], field * 16 + k]
                     else:
-                        block = from_image(slow[field // 4], 64)
-                        got = block[field % 4 * 16 + k, [2 * (number - fast), 2 * (number - fast) + 1]]
+                        got = slow[field // 4][
+                            field % 4 * 16 + k, [2 * (number - fast), 2 * (number - fast) + 1]
+                        ]
                     assert torch.equal(got, expected[[pair, pair + half]])
     assert sorted(p for p in pairs if p < half) == list(range(half))
 
