@@ -9,7 +9,7 @@ VERSIONS := 5.17 5.24
 VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py
 
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo test versions lint types bench clean
+.PHONY: install demo test versions soak lint types bench clean
 
 install: $(STAMP)
 
@@ -43,6 +43,10 @@ $(VENV)-%/.installed: pyproject.toml constraints-%.txt
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt \
 		-e . pytest pytest-timeout hypothesis
 	@touch $@
+
+# A hundred thousand tokens; about an hour.
+soak: install
+	AQUAKV_SOAK_TOKENS=100000 $(BIN)/python -m pytest tests/soak -rP
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -43,6 +43,10 @@ class CodecMismatchError(CodecFileError):
     """A codec was calibrated for another model than the one it is used with."""
 
 
+class CacheFileError(InputError):
+    """The file of a saved cache is missing, truncated, damaged, of another format or unsafe to load."""
+
+
 class OutputError(InputError):
     """A result could not be written; nothing half-written is left behind."""
 

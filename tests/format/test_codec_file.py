@@ -105,7 +105,7 @@ def _rewrite(path, out, edit_header=lambda header: None, edit_tensors=lambda ten
     header = edit_header(header) or header
     edit_tensors(tensors)
     text = json.dumps(header, sort_keys=True) if raw is None else raw
-    digest = codec_file._digest(text, tensors)
+    digest = codec_file.content_digest(text, tensors)
     save_file(tensors, out, metadata={"aquakv": text, "aquakv_sha256": digest})
     return out
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
 from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.records import storage_bytes
+from aquakv.cache.saving import SavedCache, write_cache
 from aquakv.cache.step import CacheStep
 from aquakv.cache.storage import CodedPages
 from aquakv.codec import ModelCodec
@@ -50,7 +52,10 @@ class Steady:
         self.places = places
 
 
-_HALFWAY = "an earlier forward pass stopped halfway, so layers hold different tokens; call reset() first"
+_HALFWAY = (
+    "an earlier forward pass (or crop, or choice of rows) stopped halfway, so layers hold different tokens; "
+    "call reset() first"
+)
 
 
 class AquaCache(Cache):
@@ -135,10 +140,11 @@ class AquaCache(Cache):
         super().__init__(layers=self.layers)
 
     def _build(self) -> None:
+        self._steady: Steady | None = None
         self.layout = TokenLayout(self.window)
-        self._steady = None
         self._frequencies = 0
-        self._state = PagedState(self._backend)
+        self._last_steady: Steady | None = None
+        self._forget_tables()
         self.layers: list[Any] = self._adapter.exact_layers()
         for index in self._adapter.compressed_layers:
             self.layers[index] = AquaLayer(self.layout, CodedPages(self.window.block_tokens))
@@ -157,6 +163,11 @@ class AquaCache(Cache):
     def forward_begins(self, attention_mask: Any) -> None:
         """Receive the mask of a forward pass (called by the model's hooks)."""
         self._require_intact()
+        if (
+            self._in_forward
+        ):  # the last pass was interrupted, behind its last layer: what it left may be stale
+            self._done = None
+            self._forget_tables()
         padding = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
         self._in_forward, self._custom_mask, self._positions = True, not padding, None
         self._mask = attention_mask if padding else None
@@ -218,10 +229,33 @@ class AquaCache(Cache):
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
         step, self._done = self._done, None
-        if step is not None:
-            self._settle(step)
-        self._in_forward, self._mask, self._positions = False, None, None
-        self._custom_mask = False
+        try:
+            if step is not None:
+                self._settle(step)
+        except BaseException:
+            self._forget_tables()
+            raise
+        finally:
+            self._in_forward, self._mask, self._positions = False, None, None
+            self._custom_mask = False
+
+    def _forget_tables(self) -> None:
+        """Drop what is kept for kernels, which is made anew from the layers and the layout."""
+        self._state, self._steady = PagedState(self._backend), None
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Refuse further use, until a reset, if what is done inside does not come to its end.
+
+        Only of `CacheStateError` it is taken that it is raised before anything has changed.
+        """
+        before, self._broken = self._broken, True
+        try:
+            yield
+        except CacheStateError:
+            self._broken = before
+            raise
+        self._broken = before
 
     def _require_intact(self) -> None:
         # Sliding layers before the first compressed one, or behind the last, are updated outside of any step.
@@ -261,9 +295,12 @@ class AquaCache(Cache):
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, AquaLayer):
-            return layer.update(key_states, value_states, *args, **kwargs)
+            with self._changing():
+                return layer.update(key_states, value_states, *args, **kwargs)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise CacheStateError("the cache is for inference; run the model under torch.no_grad()")
+        if layer.is_initialized and key_states.dtype != layer.dtype:
+            raise CacheStateError(f"the cache holds {layer.dtype}, but got keys of {key_states.dtype}")
         order = self._order[layer_idx]
         if order == 0:
             self._begin_step(key_states)
@@ -274,8 +311,6 @@ class AquaCache(Cache):
             raise CacheStateError(f"layer {layer_idx} was updated out of turn; layer {expected} comes next")
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
-        if key_states.dtype != layer.dtype:
-            raise CacheStateError(f"the cache holds {layer.dtype}, but got keys of {key_states.dtype}")
         exact = layer.exact
         assert exact is not None  # lazy_initialization has run
         codec = self.codec.layer_on(order, key_states.device)
@@ -289,7 +324,7 @@ class AquaCache(Cache):
 
     def _settle(self, step: CacheStep) -> None:
         """Bring what kernels read up to date after a pass, and note whether it can be repeated."""
-        held, self._steady = self._steady, None
+        held, self._last_steady = self._last_steady, None
         # Kernels may have attended for the last time: what was compressed may be hidden, or out of order.
         other_way = self._state.sees_some_only or not all(self.layout.successive)
         if other_way or not isinstance(step, PagedStep):
@@ -314,20 +349,26 @@ class AquaCache(Cache):
         return tuple((tensor.data_ptr(), tensor.numel()) for tensor in tensors)
 
     def _begin_step(self, key_states: Tensor) -> None:
-        if self._step is not None:
+        if self._step is not None or self._broken:
             raise CacheStateError(_HALFWAY)
         if not self._in_forward or self._positions is None:
             raise CacheStateError(
                 "AquaCache.update was called outside a forward pass of the model that it was built for; "
                 f"expected a {self._adapter.name} forward pass with past_key_values=cache"
             )
+        self._last_steady, self._steady = self._steady, None
         if self._prepared is not None:
             self._step, self._prepared = self._prepared, None
             return
+        with self._changing():
+            self._step = self._new_step(key_states, self._positions)
+
+    def _new_step(self, key_states: Tensor, positions: Tensor) -> CacheStep:
+        """Add a pass's columns to the layout, and return the step that adds them to the layers."""
         rows, _, new_columns, _ = key_states.shape
         before, fused = self.layout.columns, self._attends_to_codes(new_columns)
         kernels = fused and self._attends_with_kernels(key_states)
-        self.layout.append(new_columns, self._positions, self._mask, rows)
+        self.layout.append(new_columns, positions, self._mask, rows)
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
         if not fused or exact is None:
@@ -338,7 +379,7 @@ class AquaCache(Cache):
             step = FusedStep(*shared, self.codec, exact.tail_columns, self._mask)
         if step.due:
             step.encoder = PageEncoder.of(self.codec, self.window.block_tokens, self._backend, key_states)
-        self._step = step
+        return step
 
     def _paged_step(self, columns_before: int, mask: Tensor | None) -> PagedStep:
         exact, guard = self._compressed[0].exact, self.codec.config.guard
@@ -435,9 +476,11 @@ class AquaCache(Cache):
 
     def reset(self) -> None:
         """Drop all tokens; the cache is as new."""
+        self._broken = True  # until all is new
         self._step = self._done = self._prepared = None
-        self._broken = False
+        self._in_forward = False
         self._build()
+        self._broken = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: ``-n`` removes ``n``; a positive number is a length to keep.
@@ -465,12 +508,13 @@ class AquaCache(Cache):
                     "before them; call activate_past_recording() before feeding tokens that may have to go"
                 )
         self._steady = None
-        self.layout.crop(removed)
-        for layer in self.layers:
-            if not isinstance(layer, AquaLayer):
-                layer.crop(-removed)
-            elif layer.exact is not None:
-                layer.exact.crop(removed)
+        with self._changing():
+            self.layout.crop(removed)
+            for layer in self.layers:
+                if not isinstance(layer, AquaLayer):
+                    layer.crop(-removed)
+                elif layer.exact is not None:
+                    layer.exact.crop(removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row ``i`` a copy of the present row ``beam_idx[i]`` (beam search)."""
@@ -486,17 +530,77 @@ class AquaCache(Cache):
         if rows == everything.tolist():
             return
         self._steady = None
-        pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
-        for layer in self.layers:
-            if not isinstance(layer, AquaLayer):
-                _select_rows(layer, rows)
-            elif layer.exact is not None:
-                layer.pages.select(pages)
-                layer.exact.select(torch.as_tensor(rows))
+        with self._changing():
+            pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
+            for layer in self.layers:
+                if not isinstance(layer, AquaLayer):
+                    _select_rows(layer, rows)
+                elif layer.exact is not None:
+                    layer.pages.select(pages)
+                    layer.exact.select(torch.as_tensor(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         self.batch_select_indices([row for row in range(self.layout.rows) for _ in range(repeats)])
+
+    def save(self, path: str | Path, *, include_codec: bool = False) -> None:
+        """Write all that the cache holds to one ``.safetensors`` file, all or nothing, as it is held.
+
+        Parameters
+        ----------
+        path
+            The file.
+        include_codec
+            Whether to write the codec too. Otherwise the file has only its checksum, and `load` wants it.
+
+        Raises
+        ------
+        CacheStateError
+            A forward pass is under way, or an earlier one stopped halfway.
+        OutputError
+            The file cannot be written; nothing is left behind, an older file stays as it was.
+        """
+        self._require_intact()
+        write_cache(Path(path), self.codec, self.layout, self.layers, include_codec)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        codec: ModelCodec | str | Path | None = None,
+        *,
+        attention: AttentionChoice = "auto",
+        backend: Backend = "auto",
+    ) -> AquaCache:
+        """Return a cache that goes on where a saved one was, on the devices of the model's layers.
+
+        Parameters
+        ----------
+        path
+            The file that `save` wrote.
+        model
+            The model that the cache is for, in the dtype that it had.
+        codec
+            The codec that the cache was saved with, or the path of its file; None takes it from the cache
+            file, if that has it.
+        attention, backend
+            As for a new cache.
+
+        Raises
+        ------
+        CacheFileError
+            The file is missing, truncated, altered or no cache; or the codec is another than it was saved
+            with, or is missing. No file content is ever executed.
+        CodecMismatchError
+            The codec belongs to another model.
+        """
+        saved = SavedCache.read(Path(path), codec)
+        cache = cls(model, saved.codec, window=saved.window, attention=attention, backend=backend)
+        saved.restore(cache._adapter, cache.layout, cache.layers)
+        if cache.layout.positions is not None and cache.layout.columns:
+            cache._frequencies = cache._adapter.frequencies(cache.layout.positions)
+        return cache
 
     def footprint(self) -> Footprint:
         """Return the bytes that the cache holds, by part, from its tensors' storages."""

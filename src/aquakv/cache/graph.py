@@ -154,14 +154,22 @@ class DecodeGraph:
         if captured is not None and captured.steady is steady:
             captured.input_ids.copy_(input_ids)
             captured.position_ids.copy_(position_ids)
-            self._cache.repeat_step(captured.position_ids)
-            return captured.replay().clone()
+            try:
+                self._cache.repeat_step(captured.position_ids)
+                return captured.replay().clone()
+            except BaseException:
+                self._cache.give_up_step()
+                raise
         if captured is not None and not self._cache.lasts(captured.steady, masked):
             self._captured = captured = None  # what it holds is free before anything grows or is captured
         if steady is None or self._cache.moves_within(LEAST_REPEATS):
             return self._pass(input_ids, position_ids, attention_mask).logits
-        self._captured = self._captured_step(steady, input_ids, position_ids, attention_mask)
-        return self._captured.replay().clone()
+        try:
+            self._captured = self._captured_step(steady, input_ids, position_ids, attention_mask)
+            return self._captured.replay().clone()
+        except BaseException:
+            self._cache.give_up_step()
+            raise
 
     def _pass(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Any:
         return self._forward(
@@ -178,12 +186,8 @@ class DecodeGraph:
         """Capture this step without replaying it; all kernels have run in the step before, as it must be."""
         tokens, positions = input_ids.clone(), position_ids.expand(len(input_ids), 1).clone()
         self._cache.prepare_step(positions, attention_mask)
-        try:
-            # The step knows the mask. The model, which would look at it, attends to nothing but views.
-            replay = self._capture(lambda: self._pass(tokens, positions, None).logits)
-        except BaseException:
-            self._cache.give_up_step()
-            raise
+        # The step knows the mask. The model, which would look at it, attends to nothing but views.
+        replay = self._capture(lambda: self._pass(tokens, positions, None).logits)
         return _Captured(steady, tokens, positions, replay)
 
     # --- under model.generate -------------------------------------------------------------------------------

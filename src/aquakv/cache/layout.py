@@ -165,6 +165,15 @@ class TokenLayout:
         self.successive.extend(successive)
         self.version += 1
 
+    def restore(
+        self, columns: int, starts: list[int], positions: Tensor, pages: list[tuple[int, int]]
+    ) -> None:
+        """Make an empty layout that of tokens which another one described, by its attributes."""
+        self.columns, self.starts, self.coded = columns, list(starts), [0] * len(starts)
+        self._positions = positions
+        self.version += 1
+        self.commit(pages)
+
     def crop(self, tokens: int) -> None:
         """Forget the newest ``tokens`` columns, none of which may be compressed."""
         after = self.columns - tokens

@@ -20,7 +20,7 @@ from aquakv.codec.entropy import (
     EntropyQuantizer,
     most_levels,
 )
-from aquakv.codec.file import read_codec_file, write_codec_file
+from aquakv.codec.file import CODEC_FILE, content_digest, header_text, read_file, write_file
 from aquakv.codec.fingerprint import ModelFingerprint
 from aquakv.codec.guard import OutlierGuard
 from aquakv.codec.latent import LatentStep, latent_steps
@@ -118,6 +118,10 @@ class ModelCodec:
         OutputError
             The file cannot be written; nothing is left behind, an older file stays as it was.
         """
+        write_file(Path(path), CODEC_FILE, *self.content())
+
+    def content(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what a file of this codec holds: entries of its header, and tensors by name."""
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
             for kind in KINDS:
@@ -132,7 +136,18 @@ class ModelCodec:
             "fingerprint": to_dict(self.fingerprint),
             "calibration": to_dict(dict(self.calibration)),
         }
-        write_codec_file(Path(path), header, tensors)
+        return header, tensors
+
+    @property
+    def digest(self) -> str:
+        """The checksum that a file of this codec carries (64 hex digits), to know the codec by."""
+
+        def make() -> str:
+            header, tensors = self.content()
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            return content_digest(header_text(CODEC_FILE, header), plain)
+
+        return self.derived("digest", make)
 
     @classmethod
     def load(cls, path: str | Path) -> ModelCodec:
@@ -143,16 +158,26 @@ class ModelCodec:
         CodecFileError
             The file is missing, truncated, altered or not a codec. No file content is ever executed.
         """
-        header, tensors = read_codec_file(Path(path))
+        return cls.from_content(*read_file(Path(path), CODEC_FILE), str(path))
+
+    @classmethod
+    def from_content(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> ModelCodec:
+        """Return the codec of which `content` says this; ``where`` it was found, for messages.
+
+        Raises
+        ------
+        CodecFileError
+            It is not a codec's.
+        """
         try:
             config = from_dict(CodecConfig, header["config"], "config")
             fingerprint = from_dict(ModelFingerprint, header["fingerprint"], "fingerprint")
             codec = cls(config, fingerprint, _layers_from_tensors(config, fingerprint, dict(tensors)))
             _require_shared_widths(codec)
         except ConfigError as error:
-            raise CodecFileError(f"{path}: not a codec this version can use: {error}") from error
+            raise CodecFileError(f"{where}: not a codec this version can use: {error}") from error
         if not isinstance(header["calibration"], dict):
-            raise CodecFileError(f"{path}: expected an object under 'calibration' in the aquakv header")
+            raise CodecFileError(f"{where}: expected an object under 'calibration' in the aquakv header")
         return replace(codec, calibration=header["calibration"])
 
 

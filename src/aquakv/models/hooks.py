@@ -46,7 +46,8 @@ class ModelHooks:
     def __init__(self) -> None:
         self._users = 0
         self._handles: list[Any] = []
-        self._current: dict[int, ForwardObserver] = {}  # by thread: models may run in several at once
+        # By thread: models may run in several at once. Weak, as a pass that is interrupted leaves its entry.
+        self._current: dict[int, weakref.ref[ForwardObserver]] = {}
         self._viewing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @classmethod
@@ -97,19 +98,21 @@ class ModelHooks:
         current = next((observer for observer in observers if observer.decoder is module), None)
         self._current.pop(get_ident(), None)
         if current is not None:
-            self._current[get_ident()] = current
+            self._current[get_ident()] = weakref.ref(current)
             current.forward_begins(arguments.get("attention_mask"))
 
     @uncompiled
     def _before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current = self._current.get(get_ident())
+        held = self._current.get(get_ident())
+        current = None if held is None else held()
         if current is not None:
             position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
             current.positions_known(position_ids)
 
     @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current = self._current.pop(get_ident(), None)
+        held = self._current.pop(get_ident(), None)
+        current = None if held is None else held()
         if current is not None:
             current.forward_ends()
 
