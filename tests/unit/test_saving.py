@@ -271,3 +271,16 @@ def test_window_is_that_of_the_file(tmp_path):
     feed(model, cache, random_tokens(1, 30), [30])
     assert codec.config.window == WINDOW
     assert _again(cache, model, tmp_path / "cache").window == WindowConfig(3, 1, 5)
+
+
+def test_frequencies_that_change_are_remembered(tmp_path):
+    """Loaded tokens were rotated by the frequencies of short sequences; they cannot go on past the change."""
+    kind = "phi3-longrope"
+    model, codec = shared(kind), codec_for(kind, "paper")
+    cache = AquaCache(model, codec)
+    tokens = random_tokens(1, 140)
+    feed(model, cache, tokens[:, :100], [100])
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = AquaCache.load(tmp_path / "cache.safetensors", model, codec)
+    with pytest.raises(CacheStateError, match="changes its frequencies"):
+        feed(model, loaded, tokens[:, 100:], [40])
