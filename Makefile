@@ -9,7 +9,7 @@ VERSIONS := 5.17 5.24
 VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py
 
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo test versions soak lint types bench clean
+.PHONY: install demo test test-models test-rest versions soak lint types bench clean
 
 install: $(STAMP)
 
@@ -27,9 +27,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/aquakv demo
 
+# In two halves side by side, a core each: threads of two processes on two cores would hold each other up.
 test: install
-	$(BIN)/python -m pytest --ignore tests/compatibility
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync -j 2 test-models test-rest
 	$(BIN)/python scripts/make_compatibility.py --check
+
+test-models: install
+	$(BIN)/python -m pytest tests/integration tests/format tests/numerics
+
+test-rest: install
+	$(BIN)/python -m pytest tests/kernels tests/unit tests/soak
 
 versions: $(VERSIONS:%=version-%)
 
