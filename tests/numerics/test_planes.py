@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aquakv.errors import ConfigError, InputError, ShapeError
@@ -110,6 +110,7 @@ def test_threes_leave_room_for_twos():
 
 @settings(max_examples=80, deadline=None)
 @given(energies=energy_lists, options=width_sets, planes=st.integers(0, 4))
+@example(energies=[1.0, 1.0, 1.0, 100.0, 10.0**1.75], options=(0, 1, 2, 3, 4, 6, 7), planes=3)
 def test_allocation_is_optimal(energies, options, planes):
     chosen = allocate_fields(tensor(energies), options, CUBIC, planes).tolist()
     assert set(chosen) <= set(options)

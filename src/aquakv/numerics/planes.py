@@ -19,8 +19,9 @@ from aquakv.numerics.water_filling import check_options, check_variances
 #: Bits of a plane, and so of the widest field.
 PLANE_BITS = 8
 
-# Fields that change their width in one step of the search for the best widths.
-_CHANGES = 2
+# Fields that change their width in one step of the search for the best widths. With few fields, one more:
+# where some widths are not allowed, the best of few is not always reached by changing two.
+_CHANGES, _FEW_FIELDS = 2, 8
 
 
 def planes_hold(counts: Tensor, planes: int) -> Tensor:
@@ -174,7 +175,7 @@ def allocate_fields(
     """Give each field a width so that the summed distortion is least and all fit the planes.
 
     Starts from the most promotions, those that gain most per bit first, that still fit, and then changes the
-    widths of two fields at a time as long as that helps.
+    widths of two fields at a time (three, if there are few) as long as that helps.
 
     Parameters
     ----------
@@ -207,7 +208,7 @@ def allocate_fields(
 
     counts = _most_promotions(ordered, options, errors, planes)
     least = float(distortion(counts[None]))
-    changes = _changes(options)
+    changes = _changes(options, _CHANGES + (len(ordered) <= _FEW_FIELDS))
     while True:
         candidates = counts + changes
         candidates = candidates[planes_hold(candidates, planes)]
@@ -253,8 +254,8 @@ def _promotions(
 
 
 @lru_cache(maxsize=8)
-def _changes(options: tuple[int, ...]) -> Tensor:
-    """Return all changes of counts, ``[changes, 9]``, in which few fields take another width."""
+def _changes(options: tuple[int, ...], fields: int) -> Tensor:
+    """Return all changes of counts, ``[changes, 9]``, in which up to so many fields take another width."""
     moves = []
     for narrow, wide in itertools.permutations(options, 2):
         move = [0] * (PLANE_BITS + 1)
@@ -262,7 +263,7 @@ def _changes(options: tuple[int, ...]) -> Tensor:
         moves.append(move)
     single = torch.tensor([[0] * (PLANE_BITS + 1), *moves])
     total = single
-    for _ in range(_CHANGES - 1):
+    for _ in range(fields - 1):
         total = (total[:, None] + single).flatten(0, 1).unique(dim=0)
     return total
 
