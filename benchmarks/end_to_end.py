@@ -378,6 +378,30 @@ def exact_row(
     }
 
 
+def decode_step(model: LlamaForCausalLM, cache: AquaCache, decoder: DecodeGraph | None) -> Step:
+    """Return a step through `AquaCache`: the graph's, or a forward pass."""
+    rows = cache.layout.rows
+    tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
+
+    def step() -> Tensor:
+        if decoder is not None:
+            return decoder.step(tokens)
+        positions = torch.full((rows, 1), cache.layout.columns, device=model.device)
+        return model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+
+    return step
+
+
+def held_fields(cache: AquaCache) -> dict[str, Any]:
+    """Return what `AquaCache` holds."""
+    footprint = cache.footprint()
+    return {
+        "held_bytes": footprint.total_bytes,
+        "spare_bytes": footprint.spare_bytes,
+        "bits_per_value": footprint.bits_per_value,
+    }
+
+
 def coded_row(
     model: LlamaForCausalLM,
     name: str,
@@ -392,14 +416,7 @@ def coded_row(
     if steps is not None:
         return few_steps_row(model, name, codec, rows, context, graph, backend, steps)
     cache = filled_cache(model, codec, rows, context, backend)
-    decoder = DecodeGraph(model, cache) if graph else None
-    tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
-
-    def step() -> Tensor:
-        if decoder is not None:
-            return decoder.step(tokens)
-        positions = torch.full((rows, 1), cache.layout.columns, device=model.device)
-        return model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    step = decode_step(model, cache, DecodeGraph(model, cache) if graph else None)
 
     def to_next_block() -> list[float]:
         found: list[float] = []
@@ -416,14 +433,13 @@ def coded_row(
     peak = Peak(model)
     room_ms = timed(step, model.device)[0]
     room_steps = cache.layers[0].pages.records.room // rows * WINDOW.block_tokens
-    capture_ms = timed(step, model.device)[0] if decoder is not None else None
+    capture_ms = timed(step, model.device)[0] if graph else None
     to_next_block()
     compression = timed(step, model.device)
     repeated = to_next_block()
     every = [*compression, *repeated]
     usual = statistics.median(repeated)
     beside = room_ms - usual + (0.0 if capture_ms is None else capture_ms - usual)
-    footprint = cache.footprint()
     return {
         "contestant": name,
         **quantiles(repeated),
@@ -433,9 +449,7 @@ def coded_row(
         "capture_ms": capture_ms,
         "block_steps": len(every),
         "room_steps": room_steps,
-        "held_bytes": footprint.total_bytes,
-        "spare_bytes": footprint.spare_bytes,
-        "bits_per_value": footprint.bits_per_value,
+        **held_fields(cache),
         **peak.fields(),
     }
 
@@ -454,25 +468,17 @@ def few_steps_row(
     block = WINDOW.block_tokens
     # The last context up to this one behind which a block falls due.
     first = WINDOW.sink_tokens + (context + 1 - WINDOW.sink_tokens) // block * block - 1
-    tokens = torch.ones(rows, 1, dtype=torch.long, device=model.device)
-    for warm in (False, True):
-        cache = None  # the one before is freed first
+
+    def first_steps() -> tuple[AquaCache, Step, Peak, float, float]:
         cache = filled_cache(model, codec, rows, first, backend)
-        decoder = DecodeGraph(model, cache) if graph else None
-
-        def step(cache: AquaCache = cache, decoder: DecodeGraph | None = decoder) -> Tensor:
-            if decoder is not None:
-                return decoder.step(tokens)
-            positions = torch.full((rows, 1), cache.layout.columns, device=model.device)
-            return model(input_ids=tokens, position_ids=positions, past_key_values=cache).logits
-
+        step = decode_step(model, cache, DecodeGraph(model, cache) if graph else None)
         peak = Peak(model)
-        compression = timed(step, model.device)[0]
-        capture = timed(step, model.device)[0]
-        if not warm:
-            del step, decoder
+        return cache, step, peak, timed(step, model.device)[0], timed(step, model.device)[0]
+
+    first_steps()  # everything is compiled behind it, and its cache is gone
+    cache, step, peak, compression, capture = first_steps()
     repeated = [t for _ in range(-(-steps // GROUP)) for t in timed(step, model.device, GROUP)]
-    usual, footprint = statistics.median(repeated), cache.footprint()
+    usual = statistics.median(repeated)
     return {
         "contestant": name,
         **quantiles(repeated),
@@ -482,9 +488,7 @@ def few_steps_row(
         "capture_ms": capture if graph else None,
         "block_steps": len(repeated) + 2,
         "room_steps": block,
-        "held_bytes": footprint.total_bytes,
-        "spare_bytes": footprint.spare_bytes,
-        "bits_per_value": footprint.bits_per_value,
+        **held_fields(cache),
         **peak.fields(),
     }
 

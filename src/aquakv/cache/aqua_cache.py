@@ -140,7 +140,6 @@ class AquaCache(Cache):
         super().__init__(layers=self.layers)
 
     def _build(self) -> None:
-        self._steady: Steady | None = None
         self.layout = TokenLayout(self.window)
         self._frequencies = 0
         self._last_steady: Steady | None = None
@@ -163,9 +162,8 @@ class AquaCache(Cache):
     def forward_begins(self, attention_mask: Any) -> None:
         """Receive the mask of a forward pass (called by the model's hooks)."""
         self._require_intact()
-        if (
-            self._in_forward
-        ):  # the last pass was interrupted, behind its last layer: what it left may be stale
+        if self._in_forward:
+            # The last pass was interrupted, behind its last layer: what it left may be stale.
             self._done = None
             self._forget_tables()
         padding = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
@@ -241,7 +239,8 @@ class AquaCache(Cache):
 
     def _forget_tables(self) -> None:
         """Drop what is kept for kernels, which is made anew from the layers and the layout."""
-        self._state, self._steady = PagedState(self._backend), None
+        self._state = PagedState(self._backend)
+        self._steady: Steady | None = None
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

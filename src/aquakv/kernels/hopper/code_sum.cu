@@ -51,12 +51,6 @@ DEVICE void load_transposed_if(bool load, u32 address, u32 (&to)[2][4]) {
                    "+r"(to[1][0]), "+r"(to[1][1]), "+r"(to[1][2]), "+r"(to[1][3])
                  : "r"(address), "r"(int(load)) : "memory");
 }
-DEVICE u32 latent_place(int token, int chunk) {
-    // Sixteen-byte chunks of a row, exchanged so that eight rows lie in different banks.
-    constexpr int CHUNKS = RANK / 8 > 0 ? RANK / 8 : 1;
-    constexpr int PER = CHUNKS >= 8 ? 1 : 8 / CHUNKS;
-    return token * (RANK * 2) + ((chunk ^ (token / PER % CHUNKS)) << 4);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     const u8* __restrict__ scores,           // float [rows, num_pages, QUERY_HEADS, 64], times log2 e
@@ -126,8 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
 #pragma unroll
                 for (int i = 0; i < (RANK + 15) / 16; i++) {
                     const int chunk = i * 128 + thread;
-                    const u32 to = base + Shared::latents + buffer * LATENT_BYTES + latent_place(chunk / LATENT_CHUNKS, chunk % LATENT_CHUNKS);
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(own_latents + long(page) * LATENT_BYTES + chunk * 16) : "memory");
+                    const u32 to = base + Shared::latents + buffer * LATENT_BYTES + latent_place<RANK>(chunk / LATENT_CHUNKS, chunk % LATENT_CHUNKS);
+                    copy_chunk(to, own_latents + long(page) * LATENT_BYTES + chunk * 16);
                 }
             }
             asm volatile("cp.async.commit_group;" ::: "memory");
@@ -289,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
                         codes[k][0] = codes[k][1] = codes[k][2] = codes[k][3] = 0;
                         if (warp * 16 < RANK) {
                             const int from = 16 * k + (lane & 7) + ((lane >> 4) << 3);
-                            load_transposed(base + Shared::latents + latest * LATENT_BYTES + latent_place(from, 2 * warp + ((lane >> 3) & 1)), codes[k]);
+                            load_transposed(base + Shared::latents + latest * LATENT_BYTES + latent_place<RANK>(from, 2 * warp + ((lane >> 3) & 1)), codes[k]);
                             // What nobody attends to may be no number: nothing times a finite number is nothing. What
                             // is attended to and no number has no score either, so that its weight says so.
 #pragma unroll

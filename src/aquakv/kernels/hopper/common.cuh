@@ -53,24 +53,24 @@ struct __align__(16) Field {
     u32 unused[3];
 };
 
-// Four codes that are bytes 0 and 1, 2 and 3 (NATURAL) or 0 and 2, 1 and 3 of a word, to two pairs of levels.
-template <bool NATURAL>
-DEVICE void unpack_centred(u32 word, const Field& f, u32& first, u32& second) {
+// The field's bits of a word's bytes 0 and 1, 2 and 3 as halves, each plus 1024.
+DEVICE void raised(u32 word, const Field& f, u32& first, u32& second) {
     const u32 bits = word & f.mask;
+    asm("prmt.b32 %0, %1, %2, 0x4140;" : "=r"(first) : "r"(bits), "r"(0x64646464u));
+    asm("prmt.b32 %0, %1, %2, 0x4342;" : "=r"(second) : "r"(bits), "r"(0x64646464u));
+}
+// Four codes to two pairs of levels.
+DEVICE void unpack_centred(u32 word, const Field& f, u32& first, u32& second) {
     u32 a, b;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4140 : 0x4240));
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
+    raised(word, f, a, b);
     // In two steps: 1024 plus half a code is no half-precision number.
     first = hfma2(hadd2(a, 0xE400E400u), f.unit, f.centre);
     second = hfma2(hadd2(b, 0xE400E400u), f.unit, f.centre);
 }
 // The same in one step, where 1024 plus the centre is a half-precision number: the field's `centre` is minus both.
-template <bool NATURAL>
 DEVICE void unpack_at_once(u32 word, const Field& f, u32& first, u32& second) {
-    const u32 bits = word & f.mask;
     u32 a, b;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4140 : 0x4240));
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(bits), "r"(0x64646464u), "n"(NATURAL ? 0x4342 : 0x4341));
+    raised(word, f, a, b);
     first = hfma2(a, f.unit, f.centre);
     second = hfma2(b, f.unit, f.centre);
 }
@@ -121,14 +121,22 @@ DEVICE void load_matrices(u32 address, u32 (&to)[4]) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address));
 }
 
+// Where a sixteen-byte chunk of a token's latent lies: exchanged so that eight tokens lie in different banks.
+template <int RANKS>
+DEVICE u32 latent_place(u32 token, u32 chunk) {
+    constexpr u32 CHUNKS = RANKS / 8 > 0 ? RANKS / 8 : 1, PER = CHUNKS >= 8 ? 1 : 8 / CHUNKS;
+    return token * (RANKS * 2) + ((chunk ^ (token / PER % CHUNKS)) << 4);
+}
+DEVICE void copy_chunk(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
 // Rows of 128 bytes, 8 rows to an atom of 1024, sixteen-byte chunks exchanged by the row's number.
 DEVICE u32 swizzle128(u32 row, u32 byte) { return row * 128 + (byte ^ ((row & 7) << 4)); }
-DEVICE u64 descriptor128(u32 address) {
-    return u64((address & 0x3FFFF) >> 4) | (u64(1) << 16) | (u64(1024 >> 4) << 32) | (u64(1) << 62);
-}
-// The same in two steps: the part with the address, to which sixteenths of bytes may be added, and the rest.
+// A right operand's descriptor: the part with the address, to which sixteenths of bytes may be added, and the rest.
 DEVICE u32 descriptor_low(u32 address) { return ((address & 0x3FFFF) >> 4) | (1u << 16); }
 DEVICE u64 descriptor(u32 low) { return u64(low) | (u64(1024 >> 4 | 1u << 30) << 32); }
+DEVICE u64 descriptor128(u32 address) { return descriptor(descriptor_low(address)); }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>

@@ -58,14 +58,6 @@ struct Rest {
     static constexpr int barrier = fast_offset + FAST * 2;
 };
 
-// A token's latent: sixteen-byte chunks exchanged so that eight tokens lie in different banks.
-DEVICE u32 latent_place(u32 token, u32 chunk) {
-    constexpr u32 PER = LATENT_CHUNKS >= 8 ? 1 : 8 / LATENT_CHUNKS;
-    return token * (RANK * 2) + ((chunk ^ (token / PER % LATENT_CHUNKS)) << 4);
-}
-DEVICE void copy_chunk(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 DEVICE float load_query(const void* query, long index) {
 #if QUERY == 0
     return ((const float*)query)[index];
@@ -144,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             if (source[i] >= 0) copy_chunk(own_codes_at + (32 * i + lane) * 16, record + source[i]);
     };
     const u8* next_latents = latents + (long(row) * num_pages * 64 + long(begin) * 64 + warp * 16) * RANK * 2 + lane * 16;
-    const u32 latents_to = own_latents_at + latent_place(lane / LATENT_CHUNKS, lane % LATENT_CHUNKS);
+    const u32 latents_to = own_latents_at + latent_place<RANK>(lane / LATENT_CHUNKS, lane % LATENT_CHUNKS);
     auto copy_latents = [&] {
 #pragma unroll
         for (int i = 0; i < RANK / 16; i++)  // RANK is a power of two; with 64 every other four tokens differ in place
@@ -214,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 
     const u32 synthesis = descriptor_low(base + Shared::synthesis);
     const u32 absorbed_by_page = descriptor_low(own_base + Own::absorbed), query_by_page = descriptor_low(own_base + Own::query);
-    const u32 latents_from = own_latents_at + latent_place(lane & 15, lane >> 4);
+    const u32 latents_from = own_latents_at + latent_place<RANK>(lane & 15, lane >> 4);
     auto slot_of = [&](int page) {
         const int turn = (page - begin) & (2 * BATCH - 1);
         return turn == 2 * BATCH - 1 ? BATCH : turn & (BATCH - 1);
@@ -378,8 +370,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     u32 low, high;
-                    if (f < EXACT) unpack_centred<true>(words[j], field, low, high);
-                    else unpack_at_once<true>(words[j], field, low, high);
+                    if (f < EXACT) unpack_centred(words[j], field, low, high);
+                    else unpack_at_once(words[j], field, low, high);
                     if (f < CUBIC) low = cubic(low, field.gain), high = cubic(high, field.gain);
                     codes[f][j] = low;
                     codes[f][2 + j] = high;
