@@ -119,7 +119,7 @@ def test_key_weight_is_the_mean_squared_error_of_scores(kind, seq_len):
         torch.tensor(positions), 0, torch.float32, torch.device("cpu")
     )
     queries = normal(40, attention_heads, dim) * torch.arange(1, dim + 1) + 1  # before rotary embedding
-    moments = QueryMoments.empty(adapter)
+    moments = QueryMoments.empty(adapter, torch.device("cpu"))
     for rows in (queries[:30].unflatten(0, (2, 15)), queries[30:][None]):
         tables = rotation(list(range(rows.shape[1])))
         moments.add(torch.stack([rotate(row, tables) for row in rows]).transpose(1, 2), tables)

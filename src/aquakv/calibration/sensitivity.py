@@ -49,8 +49,8 @@ class _Disturbed:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.kind == "keys":
-            return key_states + self.error.to(key_states.dtype), value_states
-        return key_states, value_states + self.error.to(value_states.dtype)
+            return key_states + self.error.to(key_states), value_states
+        return key_states, value_states + self.error.to(value_states)
 
 
 def measure_harm(
@@ -79,14 +79,14 @@ def measure_harm(
     if norm is None or head is None:
         return None
     sequences, seq_len = tokens.shape
-    walk = LayerWalk(adapter, tokens, sequences, adapter.model.device)
+    walk = LayerWalk(adapter, tokens, sequences, adapter.device)
     exact = walk.hidden[0]
     variants = exact[:0]
     for layer_idx, layer in enumerate(adapter.layers):
-        arguments = walk.arguments[layer_idx]
+        arguments, device = walk.arguments[layer_idx], adapter.layer_device(layer_idx)
 
         def run(hidden: Tensor, layer: Any = layer, **further: Any) -> Tensor:
-            output = layer(hidden, **arguments, **further)  # noqa: B023 - called in this round only
+            output = layer(hidden.to(device), **arguments, **further)  # noqa: B023 - called in this round only
             return output[0] if isinstance(output, tuple) else output
 
         parts = [run(part) for part in variants.split(_ROWS) if len(part)]
@@ -126,7 +126,7 @@ def _place(adapter: ModelAdapter, layer_idx: int, kind: str, error: Tensor, seq_
     """Return errors as a layer's cache sees them, ``[sequences, heads, seq_len, head_dim]``."""
     sequences, errors, _ = error.shape
     sinks = seq_len - errors
-    whole = torch.zeros(sequences, seq_len, adapter.features, device=adapter.model.device)
+    whole = torch.zeros(sequences, seq_len, adapter.features, device=adapter.layer_device(layer_idx))
     whole[:, sinks : seq_len // 2] = error[:, : max(0, seq_len // 2 - sinks)].to(whole)
     by_head = whole.unflatten(2, (adapter.num_kv_heads, adapter.head_dim))
     if kind == "keys":
