@@ -86,7 +86,8 @@ def measure_harm(
         arguments, device = walk.arguments[layer_idx], adapter.layer_device(layer_idx)
 
         def run(hidden: Tensor, layer: Any = layer, **further: Any) -> Tensor:
-            output = layer(hidden.to(device), **arguments, **further)  # noqa: B023 - called in this round only
+            with adapter.layer(layer_idx):  # noqa: B023 - called in this round only
+                output = layer(hidden.to(device), **arguments, **further)  # noqa: B023
             return output[0] if isinstance(output, tuple) else output
 
         parts = [run(part) for part in variants.split(_ROWS) if len(part)]
@@ -99,7 +100,10 @@ def measure_harm(
         variants = torch.cat([exact[:0], *parts])
 
     def logs(hidden: Tensor) -> Tensor:
-        return head(norm(hidden[:, seq_len // 2 :])).float().log_softmax(-1)
+        with adapter.part(norm):
+            hidden = norm(hidden[:, seq_len // 2 :])
+        with adapter.part(head):
+            return head(hidden).float().log_softmax(-1)
 
     divergences = torch.zeros(len(variants) // sequences, dtype=torch.float64)
     for row in range(sequences):

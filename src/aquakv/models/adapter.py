@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from aquakv.codec import ModelFingerprint
 from aquakv.codec.fingerprint import sample_text
 from aquakv.errors import DataError, UnsupportedModelError
-from aquakv.models.placement import execution_device, onloaded, weight_of
+from aquakv.models.placement import callable_alone, execution_device, weight_of
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
@@ -88,15 +87,21 @@ class ModelAdapter:
         """Where token ids go."""
         return execution_device(self.model, self.model.get_input_embeddings()) or self.layer_device(0)
 
-    @contextmanager
-    def attention(self, layer_idx: int) -> Iterator[Any]:
+    def attention(self, layer_idx: int) -> AbstractContextManager[Any]:
         """Have a layer's attention module ready to be called by itself, with inputs on `layer_device`."""
-        with onloaded(self.model, f"{self.layer_name(layer_idx)}.self_attn") as module:
-            yield module
+        return callable_alone(self.model, f"{self.layer_name(layer_idx)}.self_attn")
+
+    def layer(self, layer_idx: int) -> AbstractContextManager[nn.Module]:
+        """Have a decoder layer ready to be called by itself, with hidden states on `layer_device`."""
+        return callable_alone(self.model, self.layer_name(layer_idx))
+
+    def part(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Have any other module of the model ready to be called by itself."""
+        return callable_alone(self.model, _name_of(self.model, module))
 
     @cached_property
     def _decoder_name(self) -> str:
-        return next(name for name, module in self.model.named_modules() if module is self.decoder)
+        return _name_of(self.model, self.decoder)
 
     def layer_name(self, layer_idx: int) -> str:
         """Return what a decoder layer is called in the model."""
@@ -293,6 +298,10 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
         found.layout,
         found.unrotated,
     )
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, one in model.named_modules() if one is module)
 
 
 def _rope_types(parameters: Any) -> set[str]:

@@ -53,21 +53,17 @@ def _path(root: nn.Module, name: str) -> list[nn.Module]:
 
 
 @contextmanager
-def onloaded(root: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Have the weights of the module ``name`` in ``root`` where they are in a forward pass of ``root``.
+def callable_alone(root: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Have the module ``name`` in ``root`` so that it can be called by itself; yields it.
 
-    Yields the module. Where a hook above it loads a whole block at once, the block is loaded; modules in it
-    with hooks of their own load what they need when they are called.
+    Where a hook above it loads a whole block at once, the block is loaded. The module and those in it load by
+    hooks of their own what they need when they are called.
     """
     path = _path(root, name)
-    module = path[-1]
     with ExitStack() as stack:
-        for above in path:
-            for hook in _hooks(above):
-                if getattr(hook, "offload", False) and (above is module or hook.place_submodules):
-                    hook.pre_forward(above)
-                    stack.callback(hook.post_forward, above, None)
-        yield module
+        for above in path[:-1]:
+            _load(stack, above, whole_blocks_only=True)
+        yield path[-1]
 
 
 @contextmanager
@@ -77,9 +73,18 @@ def weight_of(root: nn.Module, name: str) -> Iterator[Tensor | None]:
     Yields None if it is nowhere, or is no tensor of its module.
     """
     owner, _, own_name = name.rpartition(".")
-    with onloaded(root, owner) as module:
+    with callable_alone(root, owner) as module, ExitStack() as stack:
+        _load(stack, module)
         found = module._parameters.get(own_name)
         yield None if found is None or found.device.type == "meta" else found.detach()
+
+
+def _load(stack: ExitStack, module: nn.Module, whole_blocks_only: bool = False) -> None:
+    """Load what a module's own hooks load, until the stack unwinds."""
+    for hook in _hooks(module):
+        if getattr(hook, "offload", False) and (hook.place_submodules or not whole_blocks_only):
+            hook.pre_forward(module)
+            stack.callback(hook.post_forward, module, None)
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
