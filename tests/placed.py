@@ -13,7 +13,9 @@ def place(model, devices, put=lambda module, device: module.to(device)):
     layers = model.model.layers
     for index, layer in enumerate(layers):
         _receive(put(layer, devices[index % len(devices)]), devices[index % len(devices)])
-    _receive(model.model.norm, devices[0])
+    for part in model.model.children():
+        if part is not layers:
+            _receive(part, devices[0])
     return model
 
 

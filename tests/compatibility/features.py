@@ -18,6 +18,8 @@ from aquakv.cache import AquaLayer
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import adapt
 from aquakv.models.rotary import rotate, unrotate
+from placed import place
+from pretend_devices import TYPE, PretendedDevices, pretend_on
 from tiny_models import (
     VOCAB,
     WINDOW,
@@ -408,6 +410,19 @@ def cpu_offloaded(kind):
     assert same_bits([part.keys.mean for part in ours.layers], [part.keys.mean for part in theirs.layers])
 
 
+def two_devices(kind):
+    """Layers on two devices in turn give what they give on one (devices that only pretend to be such)."""
+    model, tokens, sizes = build(kind, dtype=F64), random_tokens(2, 24, seed=17), [18, 1, 5]
+    expected = along(kind, tokens, sizes)
+    with PretendedDevices():
+        here, there = (torch.device(TYPE, index) for index in (0, 1))
+        place(model, [here, there], pretend_on)
+        cache = AquaCache(model, codec_for(kind, "decode", 8), window=WINDOW)
+        got = feed(model, cache, tokens.to(here), sizes).cpu()
+    assert {layer.device for layer in cache.layers} == {here, there}
+    same(kind, got, expected)
+
+
 def float32(kind):
     _in_dtype(kind, torch.float32, NEAR)
 
@@ -458,6 +473,7 @@ FEATURES = {
     "streamer": streamer,
     "torch.compile": compiled,
     "CPU offload": cpu_offloaded,
+    "two devices": two_devices,
     "float32": float32,
     "float16": float16,
     "bfloat16": bfloat16,
