@@ -48,7 +48,7 @@ $(VENV)-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-$*.txt)"
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt \
-		-e . pytest pytest-timeout hypothesis
+		-e . accelerate pytest pytest-timeout hypothesis
 	@touch $@
 
 # A hundred thousand tokens; about an hour.

@@ -7,9 +7,9 @@ nearer than `NEAR`.
 """
 
 import dataclasses
-import functools
 
 import torch
+from accelerate import cpu_offload
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -18,7 +18,20 @@ from aquakv.cache import AquaLayer
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import adapt
 from aquakv.models.rotary import rotate, unrotate
-from tiny_models import VOCAB, WINDOW, build, codec_for, decisive_prompts, feed, go_on, random_tokens, shared
+from placed import place
+from pretend_devices import TYPE, PretendedDevices, pretend_on
+from tiny_models import (
+    VOCAB,
+    WINDOW,
+    build,
+    codec_for,
+    decisive_prompts,
+    feed,
+    go_on,
+    random_tokens,
+    same_bits,
+    shared,
+)
 
 F64 = torch.float64
 LENGTH, NEW = 28, 12
@@ -35,16 +48,9 @@ def same(kind, got, expected):
     torch.testing.assert_close(got, expected, atol=1e-5 if eager else 1e-8, rtol=0)
 
 
-@functools.cache
-def half_precision_codec(kind):
-    """Return a codec calibrated in float16: other weights than in float32, so another codec."""
-    config = dataclasses.replace(preset("decode", 8), window=WINDOW)
-    return calibrate(shared(kind, torch.float16), random_tokens(8, 48, seed=1), config)
-
-
 def setting(kind, dtype=F64, window=WINDOW, **options):
-    """Return a model and a fresh cache for it."""
-    codec = half_precision_codec(kind) if dtype == torch.float16 else codec_for(kind, "decode", 8)
+    """Return a model and a fresh cache for it; codecs are calibrated in float32."""
+    codec = codec_for(kind, "decode", 8)
     return shared(kind, dtype), AquaCache(shared(kind, dtype), codec, window=window, **options)
 
 
@@ -391,6 +397,32 @@ def attention_to_codes(kind):
     near(got, exact_logits(model, tokens))
 
 
+def cpu_offloaded(kind):
+    """A model whose weights are elsewhere but while a module computes gives what it gives otherwise."""
+    model, tokens, sizes = build(kind, dtype=F64), random_tokens(2, 40, seed=16), [25, 1, 5, 9]
+    cpu_offload(model, torch.device("cpu"))
+    assert all(parameter.device.type == "meta" for parameter in model.model.layers.parameters())
+    got = feed(model, AquaCache(model, codec_for(kind, "decode", 8), window=WINDOW), tokens, sizes)
+    same(kind, got, along(kind, tokens, sizes))
+    config = dataclasses.replace(preset("decode", 8), window=WINDOW)
+    ours = calibrate(model, random_tokens(2, 48, seed=1), config, held_out=1)
+    theirs = calibrate(shared(kind, F64), random_tokens(2, 48, seed=1), config, held_out=1)
+    assert same_bits([part.keys.mean for part in ours.layers], [part.keys.mean for part in theirs.layers])
+
+
+def two_devices(kind):
+    """Layers on two devices in turn give what they give on one (devices that only pretend to be such)."""
+    model, tokens, sizes = build(kind, dtype=F64), random_tokens(2, 24, seed=17), [18, 1, 5]
+    expected = along(kind, tokens, sizes)
+    with PretendedDevices():
+        here, there = (torch.device(TYPE, index) for index in (0, 1))
+        place(model, [here, there], pretend_on)
+        cache = AquaCache(model, codec_for(kind, "decode", 8), window=WINDOW)
+        got = feed(model, cache, tokens.to(here), sizes).cpu()
+    assert {layer.device for layer in cache.layers} == {here, there}
+    same(kind, got, expected)
+
+
 def float32(kind):
     _in_dtype(kind, torch.float32, NEAR)
 
@@ -440,6 +472,8 @@ FEATURES = {
     "select, repeat": select_and_repeat,
     "streamer": streamer,
     "torch.compile": compiled,
+    "CPU offload": cpu_offloaded,
+    "two devices": two_devices,
     "float32": float32,
     "float16": float16,
     "bfloat16": bfloat16,

@@ -20,6 +20,7 @@ from aquakv import ModelCodec, preset
 from aquakv.codec import AffinePredictor, LayerCodec, ModelFingerprint
 from aquakv.codec import file as codec_file
 from aquakv.codec.entropy import NUM_CLASSES
+from aquakv.codec.fingerprint import may_be_one, sample_of, sample_text
 from aquakv.codec.model import build_published_codec
 from aquakv.config import PRESETS
 from aquakv.errors import CodecFileError, CodecMismatchError, OutputError
@@ -62,6 +63,19 @@ GOLDEN_JSON = (
     '"aquakv-codec", "format_version": 4}'
 )
 GOLDEN_CHECKSUM = "45dbf2bce96344e90fcbcf430886036e9e62fa5c56f89a119ab861c960102e30"
+
+#: 0.5 and -2 as float32, little-endian; 1.
+SAMPLES = ("0000003f000000c0", "0000803f")
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A file of format version 5: the same codec, with samples of weights."""
+    path = tmp_path_factory.mktemp("golden") / "sampled.safetensors"
+    codec = _golden_codec()
+    fingerprint = dataclasses.replace(codec.fingerprint, layer_samples=SAMPLES)
+    dataclasses.replace(codec, fingerprint=fingerprint).save(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +162,54 @@ def fitted(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("fitted") / request.param
     codec_for("llama", request.param).save(path)
     return path
+
+
+def test_files_of_version_5_have_samples_and_those_of_version_4_have_none(golden, sampled, tmp_path):
+    """Both are read, and written as they were read, so that checksums stay what they are."""
+    text = GOLDEN_JSON.replace(
+        '"num_kv_heads"', '"layer_samples": ["' + '", "'.join(SAMPLES) + '"], "num_kv_heads"'
+    )
+    text = text.replace('"format_version": 4', '"format_version": 5')
+    for path, expected in ((golden, GOLDEN_JSON), (sampled, text)):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        assert metadata["aquakv"] == expected
+        codec = ModelCodec.load(path)
+        assert codec.digest == metadata["aquakv_sha256"]
+        codec.save(tmp_path / "again")
+        with safe_open(tmp_path / "again", framework="pt") as file:
+            assert file.metadata() == metadata
+    assert codec.fingerprint.layer_samples == SAMPLES
+    assert codec.fingerprint == ModelCodec.load(golden).fingerprint
+
+
+def test_versions_and_samples_that_do_not_fit(golden, sampled, tmp_path):
+    for path, version, there in ((golden, 5, "missing"), (sampled, 4, "unexpected")):
+        bad = _rewrite(path, tmp_path / "bad", lambda h, v=version: h.update(format_version=v))
+        _refused(bad, f"layer_samples is {there}; update aquakv or calibrate again")
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        None,
+        {},
+        "0000803f",
+        ["0000803f"],
+        ["0000803f"] * 3,
+        ["0000803f", 7],
+        ["0000803f", None],
+        ["0000803f", "0000803"],
+        ["0000803f", "0000803F"],
+        ["0000803f", "0000803f "],
+        ["0000803f", "zzzzzzzz"],
+        ["0000803f", "\ud800" * 8],
+        ["0000803f", "٠" * 8],
+        ["0000803f", "00" * 260],
+    ],
+)
+def test_impossible_samples(sampled, tmp_path, samples):
+    _refused(_rewrite(sampled, tmp_path / "bad", lambda h: h["fingerprint"].update(layer_samples=samples)))
 
 
 def test_tensors_of_every_preset(fitted):
@@ -821,6 +883,66 @@ def test_a_mismatch_names_the_first_differing_field(changes, message):
     assert str(error.value).isprintable()
     assert "x.safetensors" in str(error.value)
     ours.require_match(ours)
+
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("of", DTYPES)
+@pytest.mark.parametrize("to", DTYPES)
+def test_copies_of_a_model_in_other_types_are_recognised(seed, of, to):
+    """And copies of copies: a float16 checkpoint is read as float32."""
+    ours, theirs = (build("llama-odd", seed=seed, dtype=dtype) for dtype in (of, to))
+    fingerprint = adapt(ours).fingerprint()
+    fingerprint.require_match(adapt(theirs).fingerprint())
+    fingerprint.require_match(adapt(theirs.to(torch.float32)).fingerprint())
+
+
+def test_hashes_alone_do_not_recognise_a_float16_copy():
+    """Rounded twice, to float16 and to bfloat16, some numbers are others than rounded once."""
+    differ = 0
+    for seed in range(3):
+        ours, theirs = (
+            adapt(build("llama-odd", seed=seed, dtype=dtype)).fingerprint()
+            for dtype in (torch.float32, torch.float16)
+        )
+        differ += ours != theirs
+        bare = dataclasses.replace(ours, layer_samples=())
+        if ours != theirs:
+            with pytest.raises(CodecMismatchError, match="layer_hashes"):
+                bare.require_match(theirs)
+    assert differ
+
+
+def test_samples_have_to_be_roundings_of_the_same_numbers():
+    weight = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    weight[:3] = torch.tensor([0.0, -0.0, 3e-7])  # the last is a subnormal number of float16
+
+    def sample(numbers):
+        return sample_of(sample_text(numbers))
+
+    assert len(sample(weight)) == 64
+    assert torch.equal(sample(weight[:10]), weight[:10].double())
+    assert may_be_one(sample(weight), sample(weight.half()))
+    assert may_be_one(sample(weight.bfloat16()), sample(weight.half()))
+    assert not may_be_one(sample(weight), sample(weight[:63]))
+    # In one type there is nothing to forgive, between two not a whole unit of the coarser.
+    for kind in (torch.float32, torch.float16, torch.bfloat16):
+        one = weight.to(kind).clone()
+        index = 7 * 500 // 64
+        one[index] = torch.nextafter(one[index], one[index].new_tensor(torch.inf))
+        assert not may_be_one(sample(weight.to(kind)), sample(one))
+        if kind != torch.float32:
+            further = torch.nextafter(one[index], one[index].new_tensor(torch.inf))
+            one[index] = further
+            assert not may_be_one(sample(weight), sample(one))
+    for bad in (torch.inf, torch.nan):
+        broken = weight.clone()
+        broken[0] = bad
+        assert not may_be_one(sample(broken), sample(broken))
+    assert sample_text(weight[:0]) == ""
+    assert len(sample_of("")) == 0
 
 
 def test_a_models_fingerprint_tells_weights_and_rotation_apart():

@@ -163,7 +163,16 @@ def test_batch_size_does_not_change_the_result(kind):
         # than they are, so that quantisation noise alone decides many later weights. Their worth stays.
         for a, b in zip(first.calibration["layers"], other.calibration["layers"], strict=True):
             for tensor in ("keys", "values"):
-                assert a[tensor] == pytest.approx(b[tensor], rel=0.02, abs=1e-6)
+                assert a[tensor] == pytest.approx(b[tensor], rel=0.02, abs=3e-6)
+
+
+def test_keys_and_values_that_are_wider_than_hidden_states():
+    """Little is left of them behind predictors: less than float32's rounding of what they were."""
+    model = build("llama", hidden_size=256, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    codec = calibrate(model, random_tokens(16, 96, seed=1), preset("decode", 4))
+    for figures in codec.calibration["layers"]:
+        assert 0 < figures["values"]["reconstruction_error"] < 1e-2
+    assert codec.bits_per_value == pytest.approx(4, rel=0.03)
 
 
 def test_many_at_once_are_each_alone():

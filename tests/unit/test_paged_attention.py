@@ -277,7 +277,8 @@ def test_operations_on_the_cache(steps):
         return [out[:, 75:] if index in (0, 4) else out for index, out in enumerate(outputs)]
 
     for ours, theirs in zip(run(), run(attention="general"), strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
+        # Hidden states differ by rounding, and blocks are encoded from them: a code in thousands may turn.
+        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
     assert steps["paged"] == (3 + 70 + 23 + 90 + 10) * 3
 
 

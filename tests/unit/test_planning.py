@@ -20,7 +20,7 @@ from aquakv.calibration.plan import (
     level_options,
 )
 from aquakv.calibration.planner import Planner
-from aquakv.calibration.sensitivity import ProbeErrors, measure_harm
+from aquakv.calibration.sensitivity import ProbeErrors, _divergence, measure_harm
 from aquakv.calibration.walk import LayerWalk
 from aquakv.config import AllocationConfig, QuantizerConfig
 from aquakv.errors import UnsupportedModelError
@@ -90,6 +90,27 @@ def test_regression_moments_are_those_of_the_inputs_side_by_side(names):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(y.var() * 4500))
 
 
+@pytest.mark.parametrize("left", [1e-2, 1e-5])
+def test_the_covariance_of_what_is_left_is_as_exact_as_it_is_small(left):
+    """Even where it is below the rounding of float32 moments of targets, whose mean is far from zero too."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 5, generator=generator).bfloat16()
+    inputs = torch.randn(4, 300, 6, generator=generator) + 30
+    noise = left * torch.randn(4, 300, 5, generator=generator, dtype=torch.float64)
+    exact = inputs.double() @ weight.double()
+    targets = (exact + noise).float()
+    moments = InputMoments((2, 1), torch.device("cpu"))
+    moments.add("a", list(inputs.split(2)))
+    got = moments.residual_covariance(["a"], list(targets.split(2)), (weight,))
+    own = (targets.double() - exact)[:3].flatten(0, 1)
+    expected = (own - own.mean(0)).T @ (own - own.mean(0)) / len(own)
+    assert got.dtype == torch.float64
+    # Targets of some 100 are rounded to 4e-6, by the codec's prediction in float32 as well.
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3 * left**2 + 1e-10)
+    two = torch.eye(6)[:, :4], torch.ones(4, 5)
+    assert float(moments.residual_covariance(["a"], list(targets.split(2)), two).diagonal().min()) > 1
+
+
 def test_forgotten_inputs_are_gone():
     sources, fitted = _sources()
     inputs = InputMoments(fitted, torch.device("cpu"))
@@ -119,7 +140,7 @@ def test_key_weight_is_the_mean_squared_error_of_scores(kind, seq_len):
         torch.tensor(positions), 0, torch.float32, torch.device("cpu")
     )
     queries = normal(40, attention_heads, dim) * torch.arange(1, dim + 1) + 1  # before rotary embedding
-    moments = QueryMoments.empty(adapter)
+    moments = QueryMoments.empty(adapter, torch.device("cpu"))
     for rows in (queries[:30].unflatten(0, (2, 15)), queries[30:][None]):
         tables = rotation(list(range(rows.shape[1])))
         moments.add(torch.stack([rotate(row, tables) for row in rows]).transpose(1, 2), tables)
@@ -276,6 +297,18 @@ def test_harm_is_divergence_per_relative_power():
     expected = expected.clamp(min=1e-3 * float(expected.max()))
     got = torch.tensor([layer[kind] for layer in harm for kind in ("keys", "values")])
     torch.testing.assert_close(got, expected / expected.log().mean().exp(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
+def test_the_divergence_of_small_errors_is_theirs(size):
+    """It is half the variance of the errors; sums of float32 probabilities are 1 up to 1e-7 only."""
+    logits = torch.randn(1, 130, 40, generator=torch.Generator().manual_seed(0))
+    error = size * torch.randn(1, 130, 40, generator=torch.Generator().manual_seed(1))
+    shifted = logits.double() + error  # exact in float64, whatever the size
+    p = logits.double().softmax(-1)
+    variance = (p * error**2).sum(-1) - (p * error).sum(-1) ** 2
+    assert _divergence(logits, shifted) == pytest.approx(float(variance.mean() / 2), rel=0.2)
+    assert abs(_divergence(logits, logits + 3.0)) < 1e-12  # up to the rounding of the sum
 
 
 def test_values_that_nobody_reads_do_least_harm():

@@ -377,7 +377,13 @@ class AquaCache(Cache):
         else:
             step = FusedStep(*shared, self.codec, exact.tail_columns, self._mask)
         if step.due:
-            step.encoder = PageEncoder.of(self.codec, self.window.block_tokens, self._backend, key_states)
+            step.encoder = PageEncoder.of(
+                self.codec,
+                self.window.block_tokens,
+                self._backend,
+                key_states,
+                lambda: [self._adapter.layer_device(index) for index in self._adapter.compressed_layers],
+            )
         return step
 
     def _paged_step(self, columns_before: int, mask: Tensor | None) -> PagedStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,12 +44,19 @@ class PageEncoder:
 
     @classmethod
     def of(
-        cls, codec: ModelCodec, block_tokens: int, backend: Backend, key_states: Tensor
+        cls,
+        codec: ModelCodec,
+        block_tokens: int,
+        backend: Backend,
+        key_states: Tensor,
+        devices: Callable[[], Sequence[torch.device]] | None = None,
     ) -> PageEncoder | None:
         """Return an encoder for a pass whose keys are like these, or None where the codec encodes by itself.
 
         That is on a CPU, unless ``backend`` asks for the kernels' definitions; where codes are not kept in
         pages; for heads that the kernels do not take; and with a guard in another norm than its transform's.
+        ``devices`` tells where each compressed layer computes, all of a kind; by default all where these
+        keys are.
         """
         backend = "triton" if backend == "hopper" else backend  # which has no encoder of its own
         if codec.fingerprint.head_dim not in HEAD_DIMS or why_not_paged(codec, block_tokens) is not None:
@@ -59,7 +67,8 @@ class PageEncoder:
         dtype = torch.float32 if chosen == "torch" else torch.float16
         device = key_states.device
         if not codec.derived(
-            ("encodes with kernels", device, dtype), lambda: _can_fold(codec, device, dtype)
+            ("encodes with kernels", device, dtype),
+            lambda: _can_fold(codec, devices() if devices else [device] * len(codec.layers), dtype),
         ):
             return None
         return cls(codec, backend, dtype)
@@ -105,10 +114,10 @@ def _operands_on(codec: ModelCodec, index: int, device: torch.device, dtype: tor
     return codec.derived(("encode operands", index, device, dtype), make)
 
 
-def _can_fold(codec: ModelCodec, device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether there are operands for every layer: all are made, on one device."""
+def _can_fold(codec: ModelCodec, devices: Sequence[torch.device], dtype: torch.dtype) -> bool:
+    """Tell whether there are operands for every layer: all are made, each on its layer's device."""
     try:
-        for index in range(len(codec.layers)):
+        for index, device in enumerate(devices):
             _operands_on(codec, index, device, dtype)
     except ConfigError as error:
         _log.info("kernels do not encode for this codec: %s", error)

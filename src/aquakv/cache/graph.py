@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from aquakv.cache.aqua_cache import AquaCache, Steady
 from aquakv.errors import CacheStateError, ConfigError, ShapeError
+from aquakv.models.adapter import adapt
 from aquakv.models.versions import CACHE_ARGUMENTS, given_cache
 
 #: Computes a step anew from what its inputs hold now; returns the same tensor every time.
@@ -73,8 +74,8 @@ class DecodeGraph:
     Raises
     ------
     ConfigError
-        The model is not on one CUDA device (with the default ``capture``), or no step through the cache can
-        be captured; the message says why.
+        The model is not on one device (CUDA with the default ``capture``), some of its weights are
+        offloaded, or no step through the cache can be captured; the message says why.
 
     Examples
     --------
@@ -95,7 +96,13 @@ class DecodeGraph:
             reason = "the model does not attend by sdpa"
         if reason is not None:
             raise ConfigError(f"DecodeGraph: no step can be captured: {reason}")
-        self._capture = capture or CudaCapture(_only_device(model))
+        device = _only_device(model)
+        if capture is None and device.type != "cuda":
+            raise ConfigError(
+                f"DecodeGraph: expected a model on one CUDA device, got one on {device}; move it there, or "
+                "decode without a graph"
+            )
+        self._capture = capture or CudaCapture(device)
         self._model = model
         self._cache = cache
         self._forward: Callable[..., Any] = model.forward
@@ -262,8 +269,16 @@ class CudaCapture:
 
 
 def _only_device(model: PreTrainedModel) -> torch.device:
+    """Return where all of a model is and computes."""
+    adapter = adapt(model)
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+    devices |= {adapter.device, *(adapter.layer_device(index) for index in range(len(adapter.layers)))}
+    if torch.device("meta") in devices:
+        raise ConfigError(
+            "DecodeGraph: some of the model's weights are offloaded, and a graph cannot load them; decode "
+            "without a graph"
+        )
+    if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ConfigError(
             f"DecodeGraph: expected a model on one CUDA device, got one on {names}; move it there, or decode "

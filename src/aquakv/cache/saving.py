@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.layout import TokenLayout
@@ -238,7 +238,7 @@ class _Restoring:
         tail = self._tail_columns() if rows else 0
         order = 0
         for index, layer in enumerate(self._layers):
-            device = _device_of(self._adapter.layers[index])
+            device = self._adapter.layer_device(index)
             if isinstance(layer, AquaLayer):
                 if rows:
                     self._restore_layer(f"layers.{index}", order, layer, tail, device)
@@ -299,7 +299,7 @@ class _Restoring:
                     f"{columns}, got {column}"
                 )
             counts[row] += 1
-        device = _device_of(self._adapter.layers[self._adapter.compressed_layers[0]])
+        device = self._adapter.layer_device(self._adapter.compressed_layers[0])
         layout.restore(columns, starts, positions.to(device), pages)
         if layout.blocks_due():
             row, column = layout.blocks_due()[0]
@@ -408,9 +408,3 @@ class _Restoring:
 
 def _is_count(value: Any, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    """Return where a layer of a model computes."""
-    device = next(layer.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

@@ -131,7 +131,7 @@ def calibrate_many(
         fitted = (sequences - held_out) * max(0, seq_len - config.window.sink_tokens)
         _check_enough(name, config, adapter.features, fitted)
     started = time.perf_counter()
-    waiting = torch.device("cpu") if activation_device == "cpu" else model.device
+    waiting = torch.device("cpu") if activation_device == "cpu" else adapter.device
     observed = _observed_sequences(adapter, tokens, configs)
     trial = _trial_batches(adapter, tokens[:observed], batch_size, configs)
     ticker = _Ticker.of(adapter, sequences, batch_size, (observed, trial), configs, progress)
@@ -151,7 +151,7 @@ def calibrate_many(
             stream = iter(observations)
     split = Split.of([len(batch) for batch in tokens.split(batch_size)], held_out)
     fits = {
-        name: CodecFit(config, fingerprint, split, model.device, ticker, plans.get(name, Plan()))
+        name: CodecFit(config, fingerprint, split, adapter.device, ticker, plans.get(name, Plan()))
         for name, config in configs.items()
     }
     for order, observation in enumerate(stream):
@@ -165,7 +165,7 @@ def calibrate_many(
         "seq_len": seq_len,
         "tokens": sequences * seq_len,
         "seconds": round(time.perf_counter() - started, 3),
-        "device": str(model.device),
+        "device": _devices(adapter),
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "versions": library_versions(),
     }
@@ -244,6 +244,12 @@ def library_versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def _devices(adapter: ModelAdapter) -> str:
+    """Return the names of the devices that compute, in order."""
+    used = [adapter.device, *(adapter.layer_device(index) for index in range(len(adapter.layers)))]
+    return ", ".join(dict.fromkeys(map(str, used)))
 
 
 def _check_tokens(tokens: Tensor, adapter: ModelAdapter) -> tuple[int, int]:

@@ -301,7 +301,14 @@ class CodecFit:
         offset = torch.zeros_like(mean) if self.config.predictor.kind == "none" else mean
         if self.config.transform.kind == "klt":
             assert metric is not None  # calibrate_many gathers metrics for such configurations
-            codec = self._fitted_codec(kind, moments, offset, predictor, metric, importance)
+            if predictor is None:
+                covariance = moments.scatter_yy / max(moments.count, 1)
+            else:
+                covariance = self._inputs.residual_covariance(names, targets, predictor.factors)
+            size = float((metric.matrix * moments.scatter_yy).sum()) / max(moments.count, 1) / len(offset)
+            codec = self._fitted_codec(
+                kind, covariance, offset, predictor, metric, importance / max(size, 1e-30)
+            )
         else:
             codec = build_published_codec(self.config, self.fingerprint.features, index, offset, predictor)
         codec = codec.to(self.device)
@@ -334,16 +341,18 @@ class CodecFit:
     def _fitted_codec(
         self,
         kind: str,
-        moments: StreamingMoments,
+        covariance: Tensor,
         mean: Tensor,
         predictor: AffinePredictor | None,
         metric: Metric,
-        importance: float,
+        weight: float,
     ) -> TensorCodec:
-        """Fit the transform to the residual and allocate its bits."""
+        """Fit the transform to the residual's covariance and allocate its bits.
+
+        ``weight`` is that of a unit of error in the allocation.
+        """
         transform, matrix = self.config.transform, metric.matrix
         scope = transform.scope(kind)
-        covariance = _residual_covariance(moments, predictor)
         if transform.shrinkage:
             covariance = shrink_covariance(covariance, transform.shrinkage)
         heads, features = self.fingerprint.num_kv_heads, self.fingerprint.features
@@ -353,8 +362,7 @@ class CodecFit:
         else:
             blocks = heads if scope == "head" else None
             klt = weighted_klt(covariance, matrix, blocks, floor=_METRIC_HAS_FLOOR)
-        size = float((matrix * moments.scatter_yy).sum()) / max(moments.count, 1) / len(matrix)
-        spectrum = Spectrum(klt.variances, importance / max(size, 1e-30), features, klt.block_of)
+        spectrum = Spectrum(klt.variances, weight, features, klt.block_of)
         self._spectra.append(spectrum)
         deviations = klt.variances.sqrt().clamp_min(_LEAST_DEVIATION)
         if self.config.quantizer.kind == "scalar":
@@ -467,17 +475,6 @@ def _product(factors: tuple[Tensor, ...]) -> Tensor:
     """Return the map that factors make, float64."""
     first = factors[0].double()
     return first if len(factors) == 1 else first @ factors[1].double()
-
-
-def _residual_covariance(moments: StreamingMoments, predictor: AffinePredictor | None) -> Tensor:
-    """Return the covariance of what a predictor leaves, ``[features, features]`` float64."""
-    covariance = moments.scatter_yy
-    if predictor is not None:
-        weight = _product(predictor.factors)
-        cross = weight.T @ moments.scatter_xy
-        covariance = covariance - cross - cross.T + weight.T @ moments.scatter_xx @ weight
-    covariance = covariance / max(moments.count, 1)
-    return (covariance + covariance.T) / 2
 
 
 def _square_sum(tensor: Tensor) -> float:

@@ -85,6 +85,42 @@ class InputMoments:
         mean_x = torch.cat([mean.new_zeros(0), *(source.mean for source in chosen)])
         return StreamingMoments.of_parts(count, mean_x, mean, scatter, cross, products[-1])
 
+    def residual_covariance(
+        self, names: Sequence[str], targets: Batches, factors: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the covariance of what a linear map leaves of targets, ``[width, width]`` float64.
+
+        Both sides are centred. Products are formed of the residuals themselves: what follows from the moments
+        of `regression` by subtraction has errors of the size of the targets' rounding, and where little is
+        left of these it is not even positive.
+
+        Parameters
+        ----------
+        names
+            The sources that the map reads, side by side.
+        targets
+            Batches ``[sequences, tokens, width]``.
+        factors
+            Matrices in any float dtype, whose product ``[inputs, width]`` is the map.
+        """
+        mean, count = self.mean(targets)
+        target = Source("", targets, mean)
+        chosen = [self.sources[name] for name in names]
+        maps = [factor.to(device=self.device, dtype=torch.float32) for factor in factors]
+        total = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=self.device)
+        with true_float32_products():
+            for number, fitted in enumerate(self.fitted):
+                if not fitted:
+                    continue
+                parts = [self._centred(source, number) for source in (target, *chosen)]
+                for rows, *inputs in zip(*(part.split(_CHUNK_ROWS) for part in parts), strict=True):
+                    predicted = torch.cat(inputs, 1)
+                    for factor in maps:
+                        predicted = predicted @ factor
+                    residual = rows - predicted
+                    total += (residual.T @ residual).double()
+        return total / max(count, 1)
+
     def _products(self, first: Source, others: Sequence[Source]) -> list[Tensor]:
         """Return the centred ``firstᵀ other`` of every other source, float64."""
         widths = [len(other.mean) for other in others]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aquakv.models.adapter import ModelAdapter
+from aquakv.models.placement import weight_of
 from aquakv.models.rotary import RotaryTables, rotate, unrotate
 from aquakv.numerics import symmetric_root
 
@@ -63,10 +63,10 @@ class QueryMoments:
     count: int = 0
 
     @classmethod
-    def empty(cls, adapter: ModelAdapter) -> QueryMoments:
-        """Return moments of no queries."""
+    def empty(cls, adapter: ModelAdapter, device: torch.device) -> QueryMoments:
+        """Return moments of no queries, for those of a layer on a device."""
         shape = (adapter.num_kv_heads, adapter.head_dim, adapter.head_dim)
-        return cls(torch.zeros(shape, dtype=torch.float64, device=adapter.model.device))
+        return cls(torch.zeros(shape, dtype=torch.float64, device=device))
 
     def add(self, queries: Tensor, tables: RotaryTables) -> None:
         """Add queries ``[rows, num_attention_heads, tokens, head_dim]``, given the tables of the tokens."""
@@ -110,10 +110,12 @@ def value_weight(adapter: ModelAdapter, layer_idx: int) -> Tensor:
         ``[num_kv_heads, head_dim, head_dim]`` float64, not normalised; identities where the projection is not
         found.
     """
-    attention: Any = adapter.layers[layer_idx].self_attn
-    heads, dim = adapter.num_kv_heads, adapter.head_dim
-    weight = getattr(getattr(attention, "o_proj", None), "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] % (heads * dim):
-        return torch.eye(dim, dtype=torch.float64, device=adapter.model.device).repeat(heads, 1, 1)
-    by_head = weight.detach().double().unflatten(1, (heads, -1, dim))  # [hidden, kv head, query head, dim]
-    return torch.einsum("ogqi,ogqj->gij", by_head, by_head)
+    heads, dim, device = adapter.num_kv_heads, adapter.head_dim, adapter.layer_device(layer_idx)
+    projection = getattr(adapter.layers[layer_idx].self_attn, "o_proj", None)
+    if isinstance(projection, nn.Module):
+        with weight_of(adapter.model, f"{adapter.layer_name(layer_idx)}.self_attn.o_proj.weight") as weight:
+            if weight is not None and weight.ndim == 2 and not weight.shape[1] % (heads * dim):
+                by_head = weight.to(device).double().unflatten(1, (heads, -1, dim))
+                # [hidden, kv head, query head, dim]
+                return torch.einsum("ogqi,ogqj->gij", by_head, by_head)
+    return torch.eye(dim, dtype=torch.float64, device=device).repeat(heads, 1, 1)

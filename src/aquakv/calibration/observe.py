@@ -93,10 +93,9 @@ class Observer:
             for _ in walk.advance(layer_idx, self.on_batch):
                 pass
             return None
-        moments = QueryMoments.empty(adapter)
-        tables = adapter.rotary_tables(
-            torch.arange(walk.seq_len), layer_idx, walk.dtype, adapter.model.device
-        )
+        device = adapter.layer_device(layer_idx)
+        moments = QueryMoments.empty(adapter, device)
+        tables = adapter.rotary_tables(torch.arange(walk.seq_len), layer_idx, walk.dtype, device)
         keys: Batches = []
         values: Batches = []
         on_queries = partial(moments.add, tables=tables) if self.weights else None
@@ -105,5 +104,6 @@ class Observer:
             values.append(value_batch.to(self.waiting))
         if not self.weights:
             return LayerObservation(layer_idx, keys, values)
-        weight = key_weight(adapter, layer_idx, moments, walk.seq_len)
-        return LayerObservation(layer_idx, keys, values, weight, value_weight(adapter, layer_idx))
+        weights = key_weight(adapter, layer_idx, moments, walk.seq_len), value_weight(adapter, layer_idx)
+        # What is fitted to them is fitted in one place.
+        return LayerObservation(layer_idx, keys, values, *(weight.to(adapter.device) for weight in weights))

@@ -80,7 +80,7 @@ class Planner:
 
     def _trial(self, config: CodecConfig, plan: Plan, harm: Harm | None, probe: tuple[int, int]) -> CodecFit:
         split = Split.of(self.observations[0].batch_sizes, self.held_out)
-        fingerprint, device = self.adapter.fingerprint(), self.adapter.model.device
+        fingerprint, device = self.adapter.fingerprint(), self.adapter.device
         fit = CodecFit(config, fingerprint, split, device, self.on_batch, plan, probe)
         for order, observation in enumerate(self.observations):
             self.on_layer(observation.layer)

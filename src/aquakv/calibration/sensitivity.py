@@ -21,6 +21,9 @@ from aquakv.models.rotary import rotate
 #: Sequences that go through a layer together.
 _ROWS = 16
 
+#: Tokens whose predictions are compared at a time.
+_LOGIT_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class ProbeErrors:
@@ -49,8 +52,8 @@ class _Disturbed:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.kind == "keys":
-            return key_states + self.error.to(key_states.dtype), value_states
-        return key_states, value_states + self.error.to(value_states.dtype)
+            return key_states + self.error.to(key_states), value_states
+        return key_states, value_states + self.error.to(value_states)
 
 
 def measure_harm(
@@ -79,14 +82,15 @@ def measure_harm(
     if norm is None or head is None:
         return None
     sequences, seq_len = tokens.shape
-    walk = LayerWalk(adapter, tokens, sequences, adapter.model.device)
+    walk = LayerWalk(adapter, tokens, sequences, adapter.device)
     exact = walk.hidden[0]
     variants = exact[:0]
     for layer_idx, layer in enumerate(adapter.layers):
-        arguments = walk.arguments[layer_idx]
+        arguments, device = walk.arguments[layer_idx], adapter.layer_device(layer_idx)
 
         def run(hidden: Tensor, layer: Any = layer, **further: Any) -> Tensor:
-            output = layer(hidden, **arguments, **further)  # noqa: B023 - called in this round only
+            with adapter.layer(layer_idx):  # noqa: B023 - called in this round only
+                output = layer(hidden.to(device), **arguments, **further)  # noqa: B023
             return output[0] if isinstance(output, tuple) else output
 
         parts = [run(part) for part in variants.split(_ROWS) if len(part)]
@@ -98,21 +102,36 @@ def measure_harm(
         exact = run(exact)
         variants = torch.cat([exact[:0], *parts])
 
-    def logs(hidden: Tensor) -> Tensor:
-        return head(norm(hidden[:, seq_len // 2 :])).float().log_softmax(-1)
+    def logits(hidden: Tensor) -> Tensor:
+        with adapter.part(norm):
+            hidden = norm(hidden[:, seq_len // 2 :])
+        with adapter.part(head):
+            return head(hidden)
 
     divergences = torch.zeros(len(variants) // sequences, dtype=torch.float64)
     for row in range(sequences):
-        p = logs(exact[row : row + 1])
+        p = logits(exact[row : row + 1])
         for number in range(len(divergences)):
             variant = number * sequences + row
-            q = logs(variants[variant : variant + 1])
-            divergences[number] += torch.sub(p, q).mul_(p.exp()).sum(-1).mean(dtype=torch.float64).cpu()
+            divergences[number] += _divergence(p, logits(variants[variant : variant + 1]))
     powers = [layer.relative_power[kind] for layer in errors for kind in layer.errors]
     harm = divergences.clamp(min=0) / torch.tensor(powers, dtype=torch.float64).clamp(min=1e-30)
     harm = harm.clamp(min=max(1e-3 * float(harm.max()), 1e-300))
     values = iter((harm / harm.log().mean().exp()).tolist())
     return [{kind: next(values) for kind in layer.errors} for layer in errors]
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """Return the mean divergence of predictions by logits ``q`` from those by ``p``, ``[1, tokens, n]``.
+
+    In float64: sums of probabilities that are 1 up to float32's rounding would count as 1e-7, which hides
+    what the small errors of many bits do.
+    """
+    total = 0.0
+    for ours, theirs in zip(p[0].split(_LOGIT_TOKENS), q[0].split(_LOGIT_TOKENS), strict=True):
+        exact, disturbed = (part.double().log_softmax(-1) for part in (ours, theirs))
+        total += float(torch.sub(exact, disturbed).mul_(exact.exp()).sum())
+    return total / p.shape[1]
 
 
 def relative_power(errors: Tensor, vectors: Tensor, metric: Tensor) -> float:
@@ -126,7 +145,7 @@ def _place(adapter: ModelAdapter, layer_idx: int, kind: str, error: Tensor, seq_
     """Return errors as a layer's cache sees them, ``[sequences, heads, seq_len, head_dim]``."""
     sequences, errors, _ = error.shape
     sinks = seq_len - errors
-    whole = torch.zeros(sequences, seq_len, adapter.features, device=adapter.model.device)
+    whole = torch.zeros(sequences, seq_len, adapter.features, device=adapter.layer_device(layer_idx))
     whole[:, sinks : seq_len // 2] = error[:, : max(0, seq_len // 2 - sinks)].to(whole)
     by_head = whole.unflatten(2, (adapter.num_kv_heads, adapter.head_dim))
     if kind == "keys":

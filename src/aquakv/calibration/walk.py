@@ -82,8 +82,8 @@ class LayerWalk:
 
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.adapter.layers]
         try:
-            with _skipped(self.adapter.layers):
-                self.adapter.decoder(input_ids=tokens.to(self.adapter.model.device), use_cache=False)
+            with self.adapter.part(self.adapter.decoder), _skipped(self.adapter.layers):
+                self.adapter.decoder(input_ids=tokens.to(self.adapter.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -99,7 +99,8 @@ class LayerWalk:
 
         handle = self.adapter.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.adapter.decoder(input_ids=tokens.to(self.adapter.model.device), use_cache=False)
+            with self.adapter.part(self.adapter.decoder):
+                self.adapter.decoder(input_ids=tokens.to(self.adapter.device), use_cache=False)
         except _StopForwardError:
             pass
         finally:
@@ -124,9 +125,12 @@ class LayerWalk:
         for index, hidden in enumerate(self.hidden):
             capture = _Capture(stop=is_last and on_queries is None)
             cache = {cache_argument(layer): capture}
-            hidden = hidden.to(self.adapter.model.device)
+            hidden = hidden.to(self.adapter.layer_device(layer_idx))
             try:
-                with observed_queries(self.adapter, layer_idx, on_queries):
+                with (
+                    self.adapter.layer(layer_idx),
+                    observed_queries(self.adapter, layer_idx, on_queries),
+                ):
                     output = layer(hidden, **self.arguments[layer_idx], **cache, use_cache=True)
                 self.hidden[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
             except _StopForwardError:

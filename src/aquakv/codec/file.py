@@ -26,7 +26,8 @@ from aquakv.errors import CodecFileError, InputError
 from aquakv.files import atomic_write
 
 FORMAT = "aquakv-codec"
-FORMAT_VERSION = 4
+#: Codecs that were read from files without samples of weights are written as such files again.
+FORMAT_VERSION, VERSION_WITHOUT_SAMPLES = 5, 4
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,15 @@ class FileKind:
     what
         What it holds, for messages.
     format, version
-        As in the header.
+        As in the header, of files that are written.
     entries
         The header's entries beside these two.
     error
         What is raised if a file cannot be used.
     if_missing, if_other_version
         What to do then.
+    older
+        Further versions that are read.
     """
 
     what: str
@@ -54,6 +57,7 @@ class FileKind:
     error: type[InputError]
     if_missing: str
     if_other_version: str
+    older: tuple[int, ...] = ()
 
 
 CODEC_FILE = FileKind(
@@ -64,6 +68,7 @@ CODEC_FILE = FileKind(
     error=CodecFileError,
     if_missing="make one with 'aquakv calibrate MODEL --out {path}'",
     if_other_version="update aquakv or calibrate again",
+    older=(VERSION_WITHOUT_SAMPLES,),
 )
 
 
@@ -131,10 +136,11 @@ def _parse_header(path: Path, kind: FileKind, text: str) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("format") != kind.format:
         raise kind.error(f"{path}: expected format {kind.format!r} in the aquakv header")
     version = header.get("format_version")
-    if version != kind.version:
+    readable = (*kind.older, kind.version)
+    if version not in readable:
         raise kind.error(
-            f"{path}: format version {version!r}; this aquakv reads version {kind.version}: "
-            f"{kind.if_other_version}"
+            f"{path}: format version {version!r}; this aquakv reads version "
+            f"{' or '.join(map(str, readable))}: {kind.if_other_version}"
         )
     expected = kind.entries | {"format", "format_version"}
     if set(header) != expected:

@@ -20,7 +20,15 @@ from aquakv.codec.entropy import (
     EntropyQuantizer,
     most_levels,
 )
-from aquakv.codec.file import CODEC_FILE, content_digest, header_text, read_file, write_file
+from aquakv.codec.file import (
+    CODEC_FILE,
+    VERSION_WITHOUT_SAMPLES,
+    FileKind,
+    content_digest,
+    header_text,
+    read_file,
+    write_file,
+)
 from aquakv.codec.fingerprint import ModelFingerprint
 from aquakv.codec.guard import OutlierGuard
 from aquakv.codec.latent import LatentStep, latent_steps
@@ -118,7 +126,14 @@ class ModelCodec:
         OutputError
             The file cannot be written; nothing is left behind, an older file stays as it was.
         """
-        write_file(Path(path), CODEC_FILE, *self.content())
+        write_file(Path(path), self._file_kind, *self.content())
+
+    @property
+    def _file_kind(self) -> FileKind:
+        """How files of this codec are written: with the version that it had when it was read."""
+        if self.fingerprint.layer_samples:
+            return CODEC_FILE
+        return replace(CODEC_FILE, version=VERSION_WITHOUT_SAMPLES)
 
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what a file of this codec holds: entries of its header, and tensors by name."""
@@ -131,9 +146,12 @@ class ModelCodec:
         if isinstance(quantizer, EntropyQuantizer):
             tensors["entropy.frequencies"] = quantizer.model.frequencies
             tensors["entropy.points"] = quantizer.model.points
+        fingerprint = to_dict(self.fingerprint)
+        if not self.fingerprint.layer_samples:  # as files of version 4 have it
+            del fingerprint["layer_samples"]
         header = {
             "config": to_dict(self.config),
-            "fingerprint": to_dict(self.fingerprint),
+            "fingerprint": fingerprint,
             "calibration": to_dict(dict(self.calibration)),
         }
         return header, tensors
@@ -145,7 +163,7 @@ class ModelCodec:
         def make() -> str:
             header, tensors = self.content()
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            return content_digest(header_text(CODEC_FILE, header), plain)
+            return content_digest(header_text(self._file_kind, header), plain)
 
         return self.derived("digest", make)
 
@@ -158,7 +176,16 @@ class ModelCodec:
         CodecFileError
             The file is missing, truncated, altered or not a codec. No file content is ever executed.
         """
-        return cls.from_content(*read_file(Path(path), CODEC_FILE), str(path))
+        header, tensors = read_file(Path(path), CODEC_FILE)
+        codec = cls.from_content(header, tensors, str(path))
+        version = header["format_version"]
+        if version != codec._file_kind.version:
+            there = "missing" if version == CODEC_FILE.version else "unexpected"
+            raise CodecFileError(
+                f"{path}: in format version {version} the key fingerprint.layer_samples is {there}; "
+                f"{CODEC_FILE.if_other_version}"
+            )
+        return codec
 
     @classmethod
     def from_content(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> ModelCodec:
@@ -171,7 +198,10 @@ class ModelCodec:
         """
         try:
             config = from_dict(CodecConfig, header["config"], "config")
-            fingerprint = from_dict(ModelFingerprint, header["fingerprint"], "fingerprint")
+            told = header["fingerprint"]
+            if isinstance(told, Mapping):  # files of version 4 have no samples
+                told = {"layer_samples": [], **told}
+            fingerprint = from_dict(ModelFingerprint, told, "fingerprint")
             codec = cls(config, fingerprint, _layers_from_tensors(config, fingerprint, dict(tensors)))
             _require_shared_widths(codec)
         except ConfigError as error:

@@ -186,14 +186,14 @@ def evaluate_quality(
     results = {name: Quality() for name in codecs}
     tick = _Ticker(sequences * (1 + len(codecs)), progress)
     for batch in tokens.split(batch_size):
-        batch = batch.to(model.device)
+        batch = batch.to(adapter.device)
         exact = model(input_ids=batch, use_cache=False).logits
         tick(len(batch))
         for name, codec in codecs.items():
             for start, logits in _compressed_logits(
                 adapter, codec, protocol, window, batch, exact, results[name]
             ):
-                targets = batch[:, start + 1 : start + 1 + logits.shape[1]]
+                targets = batch[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
                 predicted = targets.shape[1]
                 if predicted:
                     part = exact[:, start : start + predicted]

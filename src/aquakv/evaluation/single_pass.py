@@ -84,6 +84,10 @@ class SinglePassCache(Cache):
         index = self.adapter.compressed_layers.index(layer_idx)
         codec = self.codec.layer_on(index, key_states.device)
         key_block, value_block = unrotate(keys, tables).flatten(1), values.flatten(1)
+        # The layers before may have been elsewhere.
+        self._encoder, self._decoder = (
+            tuple(hat.to(key_states.device) for hat in history) for history in (self._encoder, self._decoder)
+        )
         codes, encoder_hat = codec.encode(key_block, value_block, self._encoder)
         hat = codec.reconstruct(codes, self._decoder, reconstruction_dtype(key_states))
         self._encoder = codec.extend(self._encoder, encoder_hat)

@@ -1,10 +1,17 @@
-"""How many programs to start."""
+"""Where programs start, and how many."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's GPU the current one, which is the one that Triton launches on."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def splits_for(device: torch.device, programs: int, pages: int, per_multiprocessor: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from aquakv.codec import ModelFingerprint
+from aquakv.codec.fingerprint import sample_text
 from aquakv.errors import DataError, UnsupportedModelError
+from aquakv.models.placement import callable_alone, execution_device, weight_of
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
@@ -78,6 +81,37 @@ class ModelAdapter:
         layers = self.decoder.layers
         assert isinstance(layers, nn.ModuleList)  # established by `adapt`
         return layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return execution_device(self.model, self.model.get_input_embeddings()) or self.layer_device(0)
+
+    def attention(self, layer_idx: int) -> AbstractContextManager[Any]:
+        """Have a layer's attention module ready to be called by itself, with inputs on `layer_device`."""
+        return callable_alone(self.model, f"{self.layer_name(layer_idx)}.self_attn")
+
+    def layer(self, layer_idx: int) -> AbstractContextManager[nn.Module]:
+        """Have a decoder layer ready to be called by itself, with hidden states on `layer_device`."""
+        return callable_alone(self.model, self.layer_name(layer_idx))
+
+    def part(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Have any other module of the model ready to be called by itself."""
+        return callable_alone(self.model, _name_of(self.model, module))
+
+    @cached_property
+    def _decoder_name(self) -> str:
+        return _name_of(self.model, self.decoder)
+
+    def layer_name(self, layer_idx: int) -> str:
+        """Return what a decoder layer is called in the model."""
+        return f"{self._decoder_name}.layers.{layer_idx}".lstrip(".")
+
+    def layer_device(self, layer_idx: int) -> torch.device:
+        """Return where a layer's keys and values are made."""
+        device = execution_device(self.model, self.layers[layer_idx].get_submodule("self_attn"))
+        assert device is not None  # `adapt` has seen to it
+        return device
 
     @property
     def max_length(self) -> int | None:
@@ -153,13 +187,18 @@ class ModelAdapter:
 
     def rotary_embeddings(self, like: Tensor, positions: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return cosines and sines as the model's attention gets them, in dtype and device of ``like``."""
-        arguments: list[Any] = [like, positions]
+        # Layers elsewhere get them from where they are made: another device's might differ by rounding.
+        home = execution_device(self.model, self.rotary) or like.device
+        arguments: list[Any] = [like.to(home), positions.to(home)]
         if self._rotary_takes_layer_type:
             arguments.append(self.config.layer_types[layer_idx])
         if self.changing_rope_type is None:
-            return self.rotary.forward(*arguments)  # not __call__: hooks are for the model's own passes
-        # What wraps it would change the frequencies, for the model's next passes too.
-        return inspect.unwrap(type(self.rotary).forward)(self.rotary, *arguments)
+            # Not __call__: our own hooks are for the model's own passes.
+            cos, sin = self.rotary.forward(*arguments)
+        else:
+            # What wraps it would change the frequencies, for the model's next passes too.
+            cos, sin = inspect.unwrap(type(self.rotary).forward)(self.rotary, *arguments)
+        return cos.to(like.device), sin.to(like.device)
 
     def exact_layers(self) -> list[Any]:
         """Return fresh transformers cache layers, one for every decoder layer."""
@@ -168,6 +207,7 @@ class ModelAdapter:
     def fingerprint(self) -> ModelFingerprint:
         """Return what ties a codec to this model."""
         rotary = getattr(self.config, "rope_parameters", None) or {}
+        found = [_identity(self.model, self.layer_name(i), i) for i in self.compressed_layers]
         return ModelFingerprint(
             architecture=self.name,
             num_layers=len(self.layers),
@@ -175,7 +215,8 @@ class ModelAdapter:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             rotary=_plain(rotary),
-            layer_hashes=tuple(_layer_hash(self.layers[i]) for i in self.compressed_layers),
+            layer_hashes=tuple(hash_ for hash_, _ in found),
+            layer_samples=tuple(sample for _, sample in found),
         )
 
 
@@ -220,15 +261,29 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
     if not isinstance(rotary, nn.Module):
         raise refuse("expected rotary position embedding in a module named rotary_emb")
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    homes = [execution_device(model, layer.get_submodule("self_attn")) for layer in layers]
+    if None in homes:
+        raise refuse(
+            f"the weights of layer {homes.index(None)} are on no device, and no hook of accelerate's loads "
+            "them"
+        )
+    kinds = sorted({home.type for home in homes if home is not None})
+    if len(kinds) > 1:
+        raise refuse(f"its layers compute on devices of different kinds ({', '.join(kinds)})")
     changing = sorted(_rope_types(parameters) & _CHANGING_ROPE_TYPES)
     if changing and "rope_type" not in parameters:
         raise refuse(f"it has several rotary embeddings, and the frequencies of one ({changing[0]}) change")
     found = _found.get(model)
     if found is None:
         unknown = ModelAdapter(model, decoder, config, rotary, compressed, 0, 0)
-        attentions: dict[int, Any] = {index: layers[index].self_attn for index in compressed}
         try:
-            found = probe(attentions, config.hidden_size, unknown.rotary_embeddings)
+            found = probe(
+                compressed,
+                unknown.attention,
+                unknown.layer_device,
+                config.hidden_size,
+                unknown.rotary_embeddings,
+            )
         except ProbeError as error:
             raise refuse(str(error)) from error
         _found[model] = found
@@ -245,6 +300,10 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
     )
 
 
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, one in model.named_modules() if one is module)
+
+
 def _rope_types(parameters: Any) -> set[str]:
     """Return the rotary types in a configuration's parameters, which may be nested by layer type."""
     if not isinstance(parameters, dict):
@@ -253,19 +312,25 @@ def _rope_types(parameters: Any) -> set[str]:
     return nested | ({str(parameters["rope_type"])} if "rope_type" in parameters else set())
 
 
-def _layer_hash(layer: nn.Module) -> str:
-    """Hash the layer's smallest weight that tells models apart (a constant one does not)."""
-    parameters = sorted(layer.named_parameters(), key=lambda item: (item[1].numel(), item[0]))
-    for _, parameter in parameters:
-        flat = parameter.detach().flatten()
-        if flat.is_floating_point():
-            flat = flat.to(torch.bfloat16)
-        flat = flat.cpu()
-        if flat.numel() > 1 and not bool((flat == flat[0]).all()):
-            break
-    else:
-        return "none"
-    return hashlib.sha256(flat.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
+def _identity(model: nn.Module, layer: str, layer_idx: int) -> tuple[str, str]:
+    """Return hash and sample of a layer's smallest weight that tells models apart (a constant one does not).
+
+    ``layer`` is its name in the model.
+    """
+    parameters = model.get_submodule(layer).named_parameters()
+    for _, name in sorted((parameter.numel(), name) for name, parameter in parameters):
+        with weight_of(model, f"{layer}.{name}") as weight:
+            if weight is None:
+                raise UnsupportedModelError(
+                    f"the weight {name} of layer {layer_idx} is on no device, and no hook of accelerate's "
+                    "loads it; load the model with from_pretrained"
+                )
+            flat = weight.flatten()
+            rounded = (flat.to(torch.bfloat16) if flat.is_floating_point() else flat).cpu()
+            if rounded.numel() > 1 and not bool((rounded == rounded[0]).all()):
+                digest = hashlib.sha256(rounded.contiguous().view(torch.uint8).numpy().data).hexdigest()
+                return digest[:16], sample_text(flat)
+    return "none", ""
 
 
 def _plain(value: Any) -> Any:

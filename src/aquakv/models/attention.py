@@ -117,31 +117,32 @@ def why_no_views(adapter: ModelAdapter) -> str | None:
     Calls the first compressed layer's attention with one token, in a configuration of its own.
     """
     tensors = f"the attention of {adapter.name} needs keys and values as tensors"
-    attention: Any = adapter.layers[adapter.compressed_layers[0]].self_attn
-    if not hasattr(attention, "config"):
-        return tensors
-    weight = next(attention.parameters(), None)
-    if weight is None or not weight.is_floating_point():
-        return tensors
-    probe, accepted = _Probe(), _OWN in attention.config.__dict__
-    hidden = torch.zeros(1, 1, adapter.config.hidden_size, dtype=weight.dtype, device=weight.device)
-    position = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-    accept_views(attention)
-    try:
-        with torch.no_grad():
-            embeddings = adapter.rotary_embeddings(hidden, position, adapter.compressed_layers[0])
-            attention(
-                hidden_states=hidden,
-                position_embeddings=embeddings,
-                attention_mask=None,
-                position_ids=position,
-                **{cache_argument(attention): probe},
-            )
-    except Exception:  # whatever it trips over, it cannot take a view
-        return tensors
-    finally:
-        if not accepted:
-            refuse_views(attention)
+    layer = adapter.compressed_layers[0]
+    with adapter.attention(layer) as attention:
+        if not hasattr(attention, "config"):
+            return tensors
+        weight = next(attention.parameters(), None)
+        if weight is None or not weight.is_floating_point():
+            return tensors
+        probe, accepted = _Probe(), _OWN in attention.config.__dict__
+        device = adapter.layer_device(layer)
+        hidden = torch.zeros(1, 1, adapter.config.hidden_size, dtype=weight.dtype, device=device)
+        position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        accept_views(attention)
+        try:
+            with torch.no_grad():
+                attention(
+                    hidden_states=hidden,
+                    position_embeddings=adapter.rotary_embeddings(hidden, position, layer),
+                    attention_mask=None,
+                    position_ids=position,
+                    **{cache_argument(attention): probe},
+                )
+        except Exception:  # whatever it trips over, it cannot take a view
+            return tensors
+        finally:
+            if not accepted:
+                refuse_views(attention)
     if not probe.attended:
         return tensors
     implementation = getattr(adapter.config, "_attn_implementation", "eager")

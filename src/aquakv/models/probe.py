@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +53,22 @@ class _Recorder:
 
 
 def probe(
-    attentions: Mapping[int, nn.Module], hidden_size: int, embeddings: Callable[[Tensor, Tensor, int], Any]
+    layers: Sequence[int],
+    attention_of: Callable[[int], AbstractContextManager[nn.Module]],
+    device_of: Callable[[int], torch.device],
+    hidden_size: int,
+    embeddings: Callable[[Tensor, Tensor, int], Any],
 ) -> Findings:
     """Call each attention on random tokens, with its rotary embedding and with one that turns nothing.
 
     Parameters
     ----------
-    attentions
-        The compressed layers' attention modules.
+    layers
+        The compressed layers' indices.
+    attention_of
+        Gives a layer's attention module, with weights that it can be called with in the context.
+    device_of
+        Returns where it computes.
     hidden_size
         Width of what they take.
     embeddings
@@ -73,20 +82,22 @@ def probe(
     """
     candidates, unrotated, shapes = list(LAYOUTS), set[int](), set[tuple[int, int]]()
     generator = torch.Generator().manual_seed(0)
-    for index, attention in attentions.items():
-        weight = next((p for p in attention.parameters() if p.is_floating_point()), None)
-        if weight is None:
-            raise ProbeError("its attention has no weights")
-        hidden = torch.randn(1, len(POSITIONS), hidden_size, generator=generator).to(weight)
-        positions = torch.tensor([POSITIONS], device=weight.device)
-        try:
-            cos, sin = embeddings(hidden, positions, index)
-        except Exception as error:
-            raise ProbeError("its rotary embedding has another form than cosines and sines") from error
-        keys, values = _keys_and_values(attention, hidden, positions, (cos, sin))
-        plain, _ = _keys_and_values(
-            attention, hidden, positions, (torch.ones_like(cos), torch.zeros_like(sin))
-        )
+    for index in layers:
+        with attention_of(index) as attention:
+            weight = next((p for p in attention.parameters() if p.is_floating_point()), None)
+            if weight is None:
+                raise ProbeError("its attention has no weights")
+            device = device_of(index)
+            hidden = torch.randn(1, len(POSITIONS), hidden_size, generator=generator)
+            hidden = hidden.to(device=device, dtype=weight.dtype)
+            positions = torch.tensor([POSITIONS], device=device)
+            try:
+                cos, sin = embeddings(hidden, positions, index)
+            except Exception as error:
+                raise ProbeError("its rotary embedding has another form than cosines and sines") from error
+            keys, values = _keys_and_values(attention, hidden, positions, (cos, sin))
+            still = torch.ones_like(cos), torch.zeros_like(sin)
+            plain, _ = _keys_and_values(attention, hidden, positions, still)
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[2] != len(POSITIONS):
             raise ProbeError(f"its attention caches keys as {list(keys.shape)}, expected heads by tokens")
         if keys.shape != values.shape:

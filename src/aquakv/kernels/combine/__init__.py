@@ -7,6 +7,7 @@ from torch import Tensor
 from aquakv.errors import ShapeError
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.combine import reference
+from aquakv.kernels.launch import on_device_of
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.weighted_code_sum import CodeSums
 
@@ -50,4 +51,5 @@ def combine(
         return reference.combine(*summed, maxima, operands)
     from aquakv.kernels.combine import triton
 
-    return triton.combine(*summed, maxima, operands)
+    with on_device_of(maxima):
+        return triton.combine(*summed, maxima, operands)

@@ -12,6 +12,7 @@ from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.encode import reference
 from aquakv.kernels.encode.columns import CodeColumns
 from aquakv.kernels.encode.operands import EncodeOperands, Guard
+from aquakv.kernels.launch import on_device_of
 from aquakv.kernels.pages import PAGE_TOKENS
 
 __all__ = ["CodeColumns", "EncodeOperands", "EncodedPages", "Guard", "encode"]
@@ -84,7 +85,8 @@ def encode(
     from aquakv.kernels.encode import triton
 
     latents = None if latents is None else latents.contiguous()
-    return EncodedPages(*triton.encode(keys.contiguous(), values.contiguous(), latents, operands))
+    with on_device_of(keys):
+        return EncodedPages(*triton.encode(keys.contiguous(), values.contiguous(), latents, operands))
 
 
 def _check(keys: Tensor, values: Tensor, latents: Tensor | None, operands: EncodeOperands) -> None:

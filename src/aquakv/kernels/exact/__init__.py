@@ -10,6 +10,7 @@ from torch import Tensor
 from aquakv.errors import ShapeError
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.exact import reference
+from aquakv.kernels.launch import on_device_of
 
 __all__ = ["HeldTokens", "attend_exact"]
 
@@ -104,4 +105,5 @@ def attend_exact(
         return reference.attend_exact(query, held, coded_out, coded_lse, scaling, softcap, sink_logits)
     from aquakv.kernels.exact import triton
 
-    return triton.attend_exact(query, held, coded_out, coded_lse, scaling, softcap, sink_logits)
+    with on_device_of(query):
+        return triton.attend_exact(query, held, coded_out, coded_lse, scaling, softcap, sink_logits)

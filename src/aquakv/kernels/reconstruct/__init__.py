@@ -11,6 +11,7 @@ from aquakv.codec import EncodedVectors, GridQuantizer, TensorCodec
 from aquakv.errors import ShapeError
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.codes import check_tensor
+from aquakv.kernels.launch import on_device_of
 from aquakv.kernels.pages import PAGE_TOKENS
 from aquakv.kernels.reconstruct import reference
 from aquakv.kernels.reconstruct.operands import DTYPES, FieldTables, ReconstructOperands
@@ -88,7 +89,8 @@ def reconstruct(
     operands.require_triton()
     from aquakv.kernels.reconstruct import triton
 
-    return Reconstructed(*triton.reconstruct(key_pages, value_pages, latents, operands, centred))
+    with on_device_of(key_pages):
+        return Reconstructed(*triton.reconstruct(key_pages, value_pages, latents, operands, centred))
 
 
 def grid_coefficients(
@@ -129,7 +131,8 @@ def grid_coefficients(
         raise ShapeError(f"grid coefficients: expected float16, bfloat16 or float32, got {dtype}")
     from aquakv.kernels.reconstruct import triton
 
-    return triton.grid_coefficients(codes.words, codes.scales, quantizer, dtype)
+    with on_device_of(codes.words):
+        return triton.grid_coefficients(codes.words, codes.scales, quantizer, dtype)
 
 
 def reconstruct_grid(

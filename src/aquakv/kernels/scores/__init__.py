@@ -10,7 +10,7 @@ from torch import Tensor
 from aquakv.errors import ShapeError
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.codes import PagedCodes, check_tensor
-from aquakv.kernels.launch import splits_for
+from aquakv.kernels.launch import on_device_of, splits_for
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.rotary import PageRotary
 from aquakv.kernels.scores import reference
@@ -79,9 +79,10 @@ def scores(
     from aquakv.kernels.scores import triton
 
     splits = splits_for(query.device, rows * operands.num_kv_heads, codes.pages, 2)
-    return Scores(
-        *triton.scores(query.contiguous(), codes, latents, operands, rotary, scaling, softcap, splits)
-    )
+    with on_device_of(query):
+        return Scores(
+            *triton.scores(query.contiguous(), codes, latents, operands, rotary, scaling, softcap, splits)
+        )
 
 
 def next_latents(
@@ -112,7 +113,8 @@ def next_latents(
         return reference.next_latents(codes, latents, operands)
     from aquakv.kernels.scores import triton
 
-    return triton.next_latents(codes, latents, operands)
+    with on_device_of(codes.key_pages):
+        return triton.next_latents(codes, latents, operands)
 
 
 def check_step(query: Tensor, codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands) -> None:

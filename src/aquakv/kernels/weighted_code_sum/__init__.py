@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.codes import PagedCodes
-from aquakv.kernels.launch import splits_for
+from aquakv.kernels.launch import on_device_of, splits_for
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.scores import Scores
 from aquakv.kernels.weighted_code_sum import reference
@@ -70,4 +70,5 @@ def weighted_code_sum(
     _, key_slabs, value_slabs = triton.slabs(operands.keys.chunks, operands.values.chunks)
     programs = codes.rows * (key_slabs + value_slabs + 1) * triton.head_blocks(scored.scores.shape[1])
     splits = splits_for(scored.scores.device, programs, codes.pages, 2)
-    return CodeSums(*triton.weighted_code_sum(*scored, codes, latents, operands, splits))
+    with on_device_of(scored.scores):
+        return CodeSums(*triton.weighted_code_sum(*scored, codes, latents, operands, splits))
