@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.encoding import PageEncoder
+from aquakv.cache.evicting import Eviction, required_mask
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
@@ -180,13 +181,24 @@ class AquaCache(Cache):
             has changed then.
         """
         frequencies = self._adapter.frequencies(position_ids)
-        if self.layout.columns and frequencies != self._frequencies:
+        if self.layout.seen and frequencies != self._frequencies:
             raise CacheStateError(
                 f"in this pass the model's rotary embedding ({self._adapter.changing_rope_type}) changes its "
                 f"frequencies, but the cache holds {self.layout.columns} tokens rotated by those before; "
                 "end the sequence here, or feed all of it anew to a cache that was reset"
             )
         self._frequencies, self._positions = frequencies, position_ids
+
+    def mask_for_model(self, attention_mask: Any, inputs: Tensor) -> Any:
+        """Return the mask that the model's pass is to use in place of the caller's (called by the hooks).
+
+        ``inputs`` are token ids ``[rows, new_tokens]`` or embeddings ``[rows, new_tokens, width]``. The mask
+        is the caller's unless tokens were evicted, which it then hides.
+        """
+        layout = self.layout
+        if layout.holes is None:
+            return attention_mask
+        return layout.holes.in_columns(attention_mask, inputs.shape[1], layout.seen, inputs.device)
 
     def _attends_to_codes(self, new_columns: int) -> bool:
         """Tell whether the pass that begins attends to codes."""
@@ -319,7 +331,10 @@ class AquaCache(Cache):
             self._step, self._done = None, step
             if self._paged and (step.due or key_states.shape[2] > 1):
                 self._state.look_at(self.layout, self._mask)
-        return everything
+        holes, (keys, values) = self.layout.holes, everything
+        if holes is None or not isinstance(keys, Tensor):
+            return keys, values
+        return holes.spread(keys, self.layout.seen), holes.spread(values, self.layout.seen)
 
     def _settle(self, step: CacheStep) -> None:
         """Bring what kernels read up to date after a pass, and note whether it can be repeated."""
@@ -365,6 +380,7 @@ class AquaCache(Cache):
     def _new_step(self, key_states: Tensor, positions: Tensor) -> CacheStep:
         """Add a pass's columns to the layout, and return the step that adds them to the layers."""
         rows, _, new_columns, _ = key_states.shape
+        self._mask = self._in_slots(self._mask, new_columns)
         before, fused = self.layout.columns, self._attends_to_codes(new_columns)
         kernels = fused and self._attends_with_kernels(key_states)
         self.layout.append(new_columns, positions, self._mask, rows)
@@ -379,6 +395,13 @@ class AquaCache(Cache):
         if step.due:
             step.encoder = PageEncoder.of(self.codec, self.window.block_tokens, self._backend, key_states)
         return step
+
+    def _in_slots(self, mask: Tensor | None, new_columns: int) -> Tensor | None:
+        """Return what a mask ``[rows, columns]`` says of what is held and of so many new columns."""
+        layout = self.layout
+        if layout.holes is None:
+            return mask
+        return layout.holes.in_slots(mask, layout.columns + new_columns, layout.starts)
 
     def _paged_step(self, columns_before: int, mask: Tensor | None) -> PagedStep:
         exact, guard = self._compressed[0].exact, self.codec.config.guard
@@ -451,9 +474,9 @@ class AquaCache(Cache):
         attention_mask
             ``[rows, columns, the new one included]``, or None.
         """
-        before = self.layout.columns
+        before, mask = self.layout.columns, self._in_slots(attention_mask, 1)
         self.layout.append(1, position_ids, None, self.layout.rows)
-        step = self._paged_step(before, attention_mask)
+        step = self._paged_step(before, mask)
         self._prepared = step
         first = self._compressed[0]
         assert first.pages.records is not None  # there was a step before
@@ -491,7 +514,7 @@ class AquaCache(Cache):
         """
         self._require_intact()
         tokens_to_remove = int(tokens_to_remove)  # transformers may hand over a tensor
-        columns = self.layout.columns
+        columns = self.layout.seen
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, columns - tokens_to_remove)
         removed = min(removed, columns)
         if removed == 0:
@@ -508,12 +531,74 @@ class AquaCache(Cache):
                 )
         self._steady = None
         with self._changing():
-            self.layout.crop(removed)
+            whole = self.layout.crop(removed)
+            if not whole:
+                stays = torch.arange(columns) < columns - removed
+                self._keep(stays.expand(self.layout.rows, -1), columns - removed)
             for layer in self.layers:
                 if not isinstance(layer, AquaLayer):
                     layer.crop(-removed)
-                elif layer.exact is not None:
+                elif layer.exact is not None and whole:
                     layer.exact.crop(removed)
+
+    def evict(self, keep: Tensor) -> None:
+        """Remove tokens from all layers, whatever they are, and free what they took.
+
+        Positions of the others stay as they are, and so does `get_seq_length`: the model counts on behind
+        all that it was fed, and its attention passes over what is gone. Layers with sliding windows no longer
+        attend to these tokens either; their bytes go when the window moves on.
+
+        Exact tokens are freed one by one, down to those of the row that keeps most; sinks' places are not,
+        but are filled anew once a row has no compressed tokens. What is left of blocks that are no longer
+        whole is packed together, the codes as they are, so that at most ``block_tokens - 1`` places of a row
+        are empty. Kernels attend where positions in blocks follow each other: once blocks were packed, plain
+        torch attends to the codes.
+
+        Parameters
+        ----------
+        keep
+            ``[rows, columns]`` bool, or ``[columns]`` for all rows; True for what stays. Columns are those
+            that the model counts (`get_seq_length`), padding and tokens evicted earlier included, of which it
+            does not matter what is said.
+
+        Raises
+        ------
+        ShapeError
+            ``keep`` has another shape or dtype.
+        CacheStateError
+            A forward pass is under way, or an earlier one stopped halfway.
+
+        Examples
+        --------
+        >>> keep = torch.ones(cache.get_seq_length(), dtype=torch.bool)       # doctest: +SKIP
+        >>> keep[4:-1024] = False                                             # doctest: +SKIP
+        >>> cache.evict(keep)                                                 # doctest: +SKIP
+        """
+        self._require_intact()
+        layout = self.layout
+        kept = required_mask(keep, layout.rows, layout.seen)
+        if not layout.rows or bool(kept.all()):
+            return
+        self._steady = None
+        with self._changing():
+            self._keep(kept, layout.seen)
+
+    def _keep(self, keep: Tensor, seen: int) -> None:
+        """Hold only what is kept, ``[rows, columns]`` bool on the CPU, of columns that the model counts.
+
+        Afterwards it counts ``seen`` of them.
+        """
+        exact = self._compressed[0].exact
+        assert exact is not None  # there are rows
+        plan = Eviction.plan(self.layout, keep, exact.tail_columns, seen)
+        for order, layer in enumerate(self._compressed):
+            assert layer.exact is not None
+            plan.apply_to_exact(layer.exact)
+            if self.layout.pages:
+                plan.apply_to_codes(layer.pages, self.codec.layer_on(order, layer.device))
+        columns = plan.positions.shape[1]
+        self.layout.restore(columns, plan.starts, plan.positions, plan.pages, plan.holes)
+        self._forget_tables()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row ``i`` a copy of the present row ``beam_idx[i]`` (beam search)."""
@@ -616,19 +701,22 @@ class AquaCache(Cache):
                 sinks, tail = sinks + layer_sinks, tail + layer_tail
                 itemsize = layer.dtype.itemsize
         per_token = 2 * self.codec.fingerprint.features * len(self._order)
-        total_values = self.layout.rows * self.layout.columns * per_token
+        layout = self.layout
+        original_values = layout.rows * layout.seen * per_token
+        holes = 0 if layout.holes is None else layout.holes.footprint()
         return Footprint(
             code_bytes=words,
             scale_bytes=scales,
             outlier_bytes=outliers,
-            position_bytes=storage_bytes(self.layout.positions) + self._state.footprint(),
+            position_bytes=storage_bytes(layout.positions) + holes + self._state.footprint(),
             spare_bytes=spare,
             sink_bytes=sinks,
             tail_bytes=tail,
             other_layer_bytes=other,
-            coded_values=sum(self.layout.coded) * per_token,
-            total_values=total_values,
-            exact_cache_bytes=total_values * itemsize,
+            coded_values=(sum(layout.coded) - layout.fillers()) * per_token,
+            total_values=layout.held_tokens() * per_token,
+            original_values=original_values,
+            exact_cache_bytes=original_values * itemsize,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:
