@@ -45,8 +45,8 @@ class TokenLayout:
     version
         Rises whenever ``starts``, ``coded`` or ``pages`` change.
     selections
-        Rises whenever rows are selected or tokens evicted. Otherwise pages are only ever added behind the
-        others.
+        Rises whenever rows are selected. Otherwise pages are only ever added behind the others, but for
+        evictions, after which everything that was made of them is forgotten.
     holes
         Where tokens in columns come from, once some were evicted.
     """
@@ -76,6 +76,14 @@ class TokenLayout:
     def seen(self) -> int:
         """Columns as the model counts them, those of evicted tokens included."""
         return self.columns if self.holes is None else self.columns + self.holes.shift
+
+    @property
+    def ends_with_newest(self) -> bool:
+        """Whether the newest column of every row is held."""
+        holes = self.holes
+        if holes is None or self.columns > holes.slots:
+            return True
+        return holes.slots > 0 and bool((holes.origins[:, -1] == holes.seen - 1).all())
 
     def fillers(self) -> int:
         """Return how many of the compressed tokens are none: they fill blocks that eviction left partial."""
@@ -206,7 +214,6 @@ class TokenLayout:
         self._positions, self.holes = positions, holes
         self.pages, self.successive = [], []
         self.version += 1
-        self.selections += 1
         self.commit(pages)
 
     def crop(self, tokens: int) -> bool:
