@@ -12,17 +12,21 @@ from aquakv.codec import ModelCodec
 from aquakv.config import CodecConfig, WindowConfig, preset
 from aquakv.errors import AquaKVError, CacheStateError, InputError
 from aquakv.evaluation.quality import Quality, evaluate_quality
+from aquakv.eviction import H2O, EvictionPolicy, SnapKV
 
 __all__ = [
+    "H2O",
     "AquaCache",
     "AquaKVError",
     "CacheStateError",
     "CodecConfig",
     "DecodeGraph",
+    "EvictionPolicy",
     "Footprint",
     "InputError",
     "ModelCodec",
     "Quality",
+    "SnapKV",
     "WindowConfig",
     "__version__",
     "calibrate",

@@ -19,6 +19,7 @@ from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
+from aquakv.cache.pruning import Pruner
 from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.records import storage_bytes
 from aquakv.cache.saving import SavedCache, write_cache
@@ -27,6 +28,7 @@ from aquakv.cache.storage import CodedPages
 from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError, ConfigError
+from aquakv.eviction import EvictionPolicy
 from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.attention import why_no_views
@@ -89,13 +91,15 @@ class AquaCache(Cache):
         With kernels on a GPU a step of one token takes it that the attention mask says of compressed tokens
         what the mask before said: one that comes to hide some is noticed at the next step (at the second if
         the step before compressed some), with a warning. Steps that a graph repeats do not look at it.
+    eviction
+        What evicts tokens after forward passes, see `aquakv.eviction`; None evicts nothing by itself.
 
     Raises
     ------
     CodecMismatchError
         The codec belongs to another model.
     ConfigError
-        ``fused`` was asked for but cannot be had, with the reason.
+        ``fused`` was asked for but cannot be had, or a policy cannot see queries, with the reason.
     UnsupportedModelError
         The model cannot be compressed correctly.
 
@@ -114,6 +118,7 @@ class AquaCache(Cache):
         window: WindowConfig | None = None,
         attention: AttentionChoice = "auto",
         backend: Backend = "auto",
+        eviction: EvictionPolicy | None = None,
     ) -> None:
         name = "codec" if isinstance(codec, ModelCodec) else str(codec)
         self.codec = codec if isinstance(codec, ModelCodec) else ModelCodec.load(codec)
@@ -136,6 +141,7 @@ class AquaCache(Cache):
         self._in_forward = False
         self._prepared: PagedStep | None = None
         self._broken = False
+        self.eviction = eviction
         self._paged = self._fused and self._why_not_paged() is None
         self._build()
         super().__init__(layers=self.layers)
@@ -148,6 +154,25 @@ class AquaCache(Cache):
         self.layers: list[Any] = self._adapter.exact_layers()
         for index in self._adapter.compressed_layers:
             self.layers[index] = AquaLayer(self.layout, CodedPages(self.window.block_tokens))
+
+    @property
+    def eviction(self) -> EvictionPolicy | None:
+        """What evicts tokens after forward passes. It may be changed, or set to None, between passes."""
+        return None if self._pruner is None else self._pruner.policy
+
+    @eviction.setter
+    def eviction(self, policy: EvictionPolicy | None) -> None:
+        if policy is not None:
+            reason = why_no_views(self._adapter)
+            if reason is not None:
+                raise ConfigError(f"eviction: the policy cannot see this model's queries: {reason}")
+            ModelHooks.accept_views(self._adapter)
+        self._pruner = None if policy is None else Pruner(policy)
+
+    @property
+    def watcher(self) -> Pruner | None:
+        """Who sees queries meet keys (asked by the model's hooks)."""
+        return self._pruner
 
     @property
     def _compressed(self) -> list[AquaLayer]:
@@ -195,14 +220,19 @@ class AquaCache(Cache):
         ``inputs`` are token ids ``[rows, new_tokens]`` or embeddings ``[rows, new_tokens, width]``. The mask
         is the caller's unless tokens were evicted, which it then hides.
         """
-        layout = self.layout
-        if layout.holes is None:
-            return attention_mask
-        return layout.holes.in_columns(attention_mask, inputs.shape[1], layout.seen, inputs.device)
+        layout, mask = self.layout, attention_mask
+        # Of a step that is captured nobody looks at the mask, and looking at it takes a wait for the device.
+        if layout.holes is not None and self._prepared is None:
+            mask = layout.holes.in_columns(mask, inputs.shape[1], layout.seen, inputs.device)
+        if self._pruner is not None:
+            self._pruner.begins(layout.seen, inputs.shape[1], mask)
+        return mask
 
     def _attends_to_codes(self, new_columns: int) -> bool:
         """Tell whether the pass that begins attends to codes."""
         if not self._fused or self._custom_mask or new_columns > MOST_QUERIES or not self.layout.pages:
+            return False
+        if self._pruner is not None and self._pruner.wants(new_columns):
             return False
         return self._mask is None or self._mask.shape[1] >= self.layout.columns + new_columns
 
@@ -242,12 +272,19 @@ class AquaCache(Cache):
         try:
             if step is not None:
                 self._settle(step)
+                self._prune()
         except BaseException:
             self._forget_tables()
             raise
         finally:
             self._in_forward, self._mask, self._positions = False, None, None
             self._custom_mask = False
+
+    def _prune(self) -> None:
+        """Evict what the policy does not keep, once a pass is over."""
+        keep = None if self._pruner is None else self._pruner.ends(self.layout.held_columns())
+        if keep is not None:
+            self.evict(keep)
 
     def _forget_tables(self) -> None:
         """Drop what is kept for kernels, which is made anew from the layers and the layout."""
@@ -501,6 +538,7 @@ class AquaCache(Cache):
         self._broken = True  # until all is new
         self._step = self._done = self._prepared = None
         self._in_forward = False
+        self.eviction = self.eviction  # which has seen nothing then
         self._build()
         self._broken = False
 
@@ -540,6 +578,8 @@ class AquaCache(Cache):
                     layer.crop(-removed)
                 elif layer.exact is not None and whole:
                     layer.exact.crop(removed)
+            if self._pruner is not None:
+                self._pruner.crop(columns - removed)
 
     def evict(self, keep: Tensor) -> None:
         """Remove tokens from all layers, whatever they are, and free what they took.
@@ -616,6 +656,8 @@ class AquaCache(Cache):
         self._steady = None
         with self._changing():
             pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
+            if self._pruner is not None:
+                self._pruner.select(rows)
             for layer in self.layers:
                 if not isinstance(layer, AquaLayer):
                     _select_rows(layer, rows)
@@ -656,6 +698,7 @@ class AquaCache(Cache):
         *,
         attention: AttentionChoice = "auto",
         backend: Backend = "auto",
+        eviction: EvictionPolicy | None = None,
     ) -> AquaCache:
         """Return a cache that goes on where a saved one was, on the devices of the model's layers.
 
@@ -668,8 +711,8 @@ class AquaCache(Cache):
         codec
             The codec that the cache was saved with, or the path of its file; None takes it from the cache
             file, if that has it.
-        attention, backend
-            As for a new cache.
+        attention, backend, eviction
+            As for a new cache. What a policy had seen is not in the file.
 
         Raises
         ------
@@ -680,7 +723,9 @@ class AquaCache(Cache):
             The codec belongs to another model.
         """
         saved = SavedCache.read(Path(path), codec)
-        cache = cls(model, saved.codec, window=saved.window, attention=attention, backend=backend)
+        cache = cls(
+            model, saved.codec, window=saved.window, attention=attention, backend=backend, eviction=eviction
+        )
         saved.restore(cache._adapter, cache.layout, cache.layers)
         if cache.layout.positions is not None and cache.layout.columns:
             cache._frequencies = cache._adapter.frequencies(cache.layout.positions)
@@ -725,6 +770,7 @@ class AquaCache(Cache):
         other = AquaCache(
             self._adapter.model, self.codec, window=self.window, attention=self._choice, backend=self._backend
         )
+        other._pruner = copy.deepcopy(self._pruner, memo)
         other._frequencies = self._frequencies
         other.layout = copy.deepcopy(self.layout, memo)
         other.layers = [copy.deepcopy(layer, memo) for layer in self.layers]

@@ -148,7 +148,7 @@ class DecodeGraph:
             )
         if position_ids is None and not self._cache.layout.ends_with_newest:
             raise CacheStateError(
-                "DecodeGraph.step: a sequence's newest token was evicted, so where the next one stands is not "
+                "DecodeGraph.step: a sequence's newest token was evicted, so the next one's position is not "
                 "known; pass position_ids"
             )
         if position_ids is None:

@@ -94,6 +94,14 @@ class TokenLayout:
             count += int((origins[start + sinks : start + sinks + coded] < 0).sum())
         return count
 
+    def held_columns(self) -> Tensor:
+        """Return which columns that the model counts hold a token, ``[rows, seen]`` bool on the CPU."""
+        after = torch.arange(self.columns) >= torch.tensor(self.starts)[:, None]
+        if self.holes is None:
+            return after
+        cpu = torch.device("cpu")
+        return torch.cat([self.holes.held(cpu), after[:, self.holes.slots :]], 1)
+
     def held_tokens(self) -> int:
         """Return the number of tokens held of all rows, padding included until something is evicted."""
         if self.holes is None:

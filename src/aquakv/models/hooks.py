@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aquakv.models.adapter import ModelAdapter, adapt
-from aquakv.models.attention import accept_views, refuse_views
+from aquakv.models.attention import Watcher, accept_views, refuse_views, watch
 from aquakv.models.uncompiled import uncompiled
 from aquakv.models.versions import given_cache
 
@@ -23,6 +23,11 @@ class ForwardObserver(Protocol):
     @property
     def decoder(self) -> nn.Module:
         """The decoder stack whose passes concern it; it hears of no other model's."""
+        ...
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """Who wants to see queries meet keys in these passes, where modules accept views."""
         ...
 
     def forward_begins(self, attention_mask: Any) -> None:
@@ -103,11 +108,13 @@ class ModelHooks:
         observers = (c for c in candidates if isinstance(c, ForwardObserver))
         current = next((observer for observer in observers if observer.decoder is module), None)
         self._current.pop(get_ident(), None)
+        watch(None)
         if current is None:
             return None
         self._current[get_ident()] = weakref.ref(current)
         mask = arguments.get("attention_mask")
         current.forward_begins(mask)
+        watch(current.watcher)
         inputs = arguments.get("input_ids")
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
@@ -132,6 +139,7 @@ class ModelHooks:
     @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         held = self._current.pop(get_ident(), None)
+        watch(None)
         current = None if held is None else held()
         if current is not None:
             current.forward_ends()
