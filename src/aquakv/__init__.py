@@ -11,6 +11,7 @@ from aquakv.calibration import calibrate, calibrate_many
 from aquakv.codec import ModelCodec
 from aquakv.config import CodecConfig, WindowConfig, preset
 from aquakv.errors import AquaKVError, CacheStateError, InputError
+from aquakv.evaluation.pruned import evaluate_pruning
 from aquakv.evaluation.quality import Quality, evaluate_quality
 from aquakv.eviction import H2O, EvictionPolicy, SnapKV
 
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibrate_many",
+    "evaluate_pruning",
     "evaluate_quality",
     "preset",
 ]

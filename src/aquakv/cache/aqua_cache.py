@@ -581,6 +581,14 @@ class AquaCache(Cache):
             if self._pruner is not None:
                 self._pruner.crop(columns - removed)
 
+    def columns_until_due(self) -> int:
+        """Return how many more columns it takes until some row has a block to compress."""
+        window, layout = self.window, self.layout
+        held = max(
+            (length - coded for length, coded in zip(layout.lengths(), layout.coded, strict=True)), default=0
+        )
+        return max(1, window.sink_tokens + window.recent_window + window.block_tokens - held)
+
     def evict(self, keep: Tensor) -> None:
         """Remove tokens from all layers, whatever they are, and free what they took.
 

@@ -86,7 +86,7 @@ def newest(held: Tensor, count: int) -> Tensor:
 
 
 def highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Return which ``count`` of some columns have the highest scores, ``[columns]`` bool; older ones first."""
+    """Return which ``count`` of some columns have the highest scores, ``[columns]`` bool; older first."""
     chosen = torch.zeros_like(among)
     order = scores.masked_fill(~among, -torch.inf).argsort(descending=True, stable=True)
     chosen[order[: max(0, min(count, int(among.sum())))]] = True
