@@ -196,7 +196,9 @@ class Rig:
         """Require what layers attend to, and what masks hide, to be the model's tokens."""
         count, rows, old = new.shape[3], len(self.rows), self.seen - new.shape[3]
         assert self.cache.layout.rows in (rows, 0)
-        found = torch.stack([torch.stack(layer) for layer in columns])  # [layers, 2, rows, heads, columns, dim]
+        found = torch.stack(
+            [torch.stack(layer) for layer in columns]
+        )  # [layers, 2, rows, heads, columns, dim]
         assert found.shape[4] == self.seen
         found = found.transpose(3, 4)
         assert torch.equal(found[:, :, :, old:], new)

@@ -538,7 +538,7 @@ class AquaCache(Cache):
         self._broken = True  # until all is new
         self._step = self._done = self._prepared = None
         self._in_forward = False
-        self.eviction = self.eviction  # which has seen nothing then
+        self._pruner = None if self._pruner is None else Pruner(self._pruner.policy)
         self._build()
         self._broken = False
 

@@ -437,14 +437,14 @@ class _Restoring:
         values = self._take(f"{name}.window.values", tuple(keys.shape), (keys.dtype,))
         held, kept = keys.shape[2], layer.sliding_window - 1
         # A window of a single token keeps all; so does one that records, until something is taken back.
-        least, most = min(layout.columns, kept), layout.columns
+        least, most = min(layout.seen, kept), layout.seen
         if not recording:
             most = least if kept else most
         if not (0 if recording else least) <= held <= most:
             raise ConfigError(f"tensor {name}.window.keys: expected {least} to {most} columns, got {held}")
         layer.lazy_initialization(keys[:, :, :0].to(device), values[:, :, :0].to(device))
         layer.keys, layer.values = keys.to(device), values.to(device)
-        layer.cumulative_length = layout.columns
+        layer.cumulative_length = layout.seen
 
 
 def _is_count(value: Any, most: int) -> bool:
