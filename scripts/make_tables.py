@@ -238,9 +238,9 @@ def pruning() -> str:
     worst = 100 * max(row["relative_increase_stderr"] for row in all_rows)
     lines += [
         "",
-        f"The first {first['pruning']['context']} tokens of each sequence are the context; bits are all that is "
-        "held of it, sinks included, by the values of all its tokens. Increase of perplexity over the exact "
-        f"cache (± {worst:.2f} at most) on the tokens behind it: {first['samples']} × "
+        f"The first {first['pruning']['context']} tokens of each sequence are the context; bits are all "
+        "that is held of it, sinks included, by the values of all its tokens. Increase of perplexity over "
+        f"the exact cache (± {worst:.2f} at most) on the tokens behind it: {first['samples']} × "
         f"{first['seq_len']} tokens of {first['data']}. SmolLM2-135M-Instruct, calibrated on "
         f"{first['calibration_tokens']:,} tokens of {', '.join(first['calibration'])}; {first['dtype']}, "
         f"{content['device']}.",
