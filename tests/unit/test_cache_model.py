@@ -286,14 +286,14 @@ def _run(name, attention, rows, pads, window, operations):
 
 
 _CASES = [
-    ("paper", "general", 110),
+    ("paper", "general", 150),
     ("higgs", "general", 60),
     ("storage", "general", 60),
     ("decode", "general", 60),
     ("decode", "fused", 60),
     ("guarded", "general", 80),
     ("guarded", "fused", 60),
-    ("two-stage", "fused", 30),
+    ("two-stage", "fused", 60),
 ]
 
 

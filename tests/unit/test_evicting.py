@@ -199,6 +199,27 @@ def test_generation_goes_on_at_the_right_positions():
     assert torch.equal(logits.argmax(-1), out[:, 40:])
 
 
+def test_a_rows_first_tokens_are_no_padding_once_they_are_gone():
+    """Another row keeps all of its tokens, so that columns are as many as before."""
+    model, tokens = shared("llama", F64), random_tokens(2, 20, seed=7)
+    cache, exact = AquaCache(model, codec_for()), DynamicCache(config=model.config)
+    for one in (cache, exact):
+        feed(model, one, tokens[:, :5], [5])
+    keep = torch.ones(2, 5, dtype=torch.bool)
+    keep[0, :3] = False
+    cache.evict(keep)
+    hidden = torch.nn.functional.pad(keep.long(), (0, 15), value=1)[:, :9]
+    with torch.no_grad():
+        found = model(tokens[:, 5:9], past_key_values=cache).logits
+        expected = model(
+            tokens[:, 5:9],
+            past_key_values=exact,
+            attention_mask=hidden,
+            position_ids=torch.arange(5, 9)[None],
+        ).logits
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
 # --- what is held -----------------------------------------------------------------------------------------
 
 

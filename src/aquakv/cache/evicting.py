@@ -148,6 +148,8 @@ class Eviction:
         origins = columns.gather(1, source.clamp(min=0)) if slots else columns
         origins.masked_fill_(~(_aligned([row.real.long() for row in rows], after) > 0), -1)
         holes = Holes(seen, origins.int())
+        # Of a row's first tokens that are gone only the holes tell: masks do not, as they do of padding.
+        nothing_gone = layout.holes is None and torch.equal(stays, real)
         device = layout.positions.device
         return cls(
             pages,
@@ -158,7 +160,7 @@ class Eviction:
             _aligned([row.tail for row in rows], max(len(row.tail) for row in rows)),
             starts,
             layout.positions.gather(1, source.clamp(min=0).to(device)) if slots else layout.positions,
-            None if holes.are_none(starts) else holes,
+            None if nothing_gone or not seen else holes,
         )
 
     def apply_to_exact(self, exact: ExactTokens) -> None:

@@ -51,11 +51,6 @@ class Holes:
         """Tell whether slots behind the first token of a row hold none."""
         return any(bool((row[start:] < 0).any()) for row, start in zip(self.origins, starts, strict=True))
 
-    def are_none(self, starts: list[int]) -> bool:
-        """Tell whether every slot is the model's column, so that nothing has to be translated."""
-        own = (self.origins < 0) | (self.origins == torch.arange(self.slots))
-        return not self.shift and bool(own.all()) and not self.hides_some(starts)
-
     def select(self, rows: list[int]) -> Holes:
         """Return the holes of copies of rows."""
         return Holes(self.seen, self.origins[rows])
