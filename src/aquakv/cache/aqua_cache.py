@@ -643,12 +643,13 @@ class AquaCache(EvictingCache):
         per_token = 2 * self.codec.fingerprint.features * len(self._order)
         layout = self.layout
         original_values = layout.rows * layout.seen * per_token
-        holes = 0 if layout.holes is None else layout.holes.footprint()
+        evicting = 0 if layout.holes is None else layout.holes.footprint()
+        evicting += 0 if self._pruner is None else self._pruner.footprint()
         return Footprint(
             code_bytes=words,
             scale_bytes=scales,
             outlier_bytes=outliers,
-            position_bytes=storage_bytes(layout.positions) + holes + self._state.footprint(),
+            position_bytes=storage_bytes(layout.positions) + evicting + self._state.footprint(),
             spare_bytes=spare,
             sink_bytes=sinks,
             tail_bytes=tail,

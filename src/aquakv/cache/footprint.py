@@ -18,8 +18,9 @@ class Footprint:
         Compressed tokens that are kept exactly beside their codes, with their indices; counted with the
         compressed region.
     position_bytes
-        Position ids of all tokens, where these are in the model's columns once some are evicted, and tables
-        of pages for kernels, with the room that these have for more; counted with the compressed region.
+        Position ids of all tokens, where these are in the model's columns once some are evicted, what a
+        policy keeps of them, and tables of pages for kernels, with the room that these have for more; counted
+        with the compressed region.
     spare_bytes
         Room for more codes and outliers, which steps of one token a row make ahead; part of all that is held,
         but of no compressed value.

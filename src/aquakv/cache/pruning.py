@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aquakv.cache.records import storage_bytes
 from aquakv.eviction import EvictionPolicy, PassScores
 from aquakv.eviction.weights import attention_received
 
@@ -97,6 +98,10 @@ class Pruner:
             received = received + _widened(self._scores, rows, columns, 0.0)
             self._scores = received
         return self.policy.choose(PassScores(received, held, self._real.sum(1), now.new_columns))
+
+    def footprint(self) -> int:
+        """Return the bytes of what is kept from pass to pass."""
+        return storage_bytes(self._scores, self._real)
 
     def select(self, rows: list[int]) -> None:
         """Follow a choice of rows."""
