@@ -66,6 +66,7 @@ types: install
 # Quality needs WikiText-2: set DATA_DIR to a directory with wikitext2/{validation,test}.txt, or leave it to the Hub.
 bench: install
 	$(BIN)/python benchmarks/quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/quality-demo.json
+	$(BIN)/python benchmarks/pruning.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/pruning-demo.json
 	$(BIN)/python benchmarks/fidelity.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/fidelity-demo.json
 	$(BIN)/python benchmarks/speed_cpu.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/speed-cpu.json
 

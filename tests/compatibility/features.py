@@ -352,6 +352,42 @@ def select_and_repeat(kind):
     near(got, exact_logits(model, whole)[:, 31:])
 
 
+def evict(kind):
+    """Half of a prompt's tokens are evicted, others in each row.
+
+    Without compression that is what a mask hides from an exact cache. With it, attention to codes and to what
+    they stand for agree.
+    """
+    model, tokens = shared(kind, F64), random_tokens(2, 44, seed=14)
+    keep = torch.rand(2, 31, generator=torch.Generator().manual_seed(1)) < 0.5
+    hidden, sizes = torch.nn.functional.pad(keep.long(), (0, 13), value=1), [1, 5, 7]
+    exact, plain = DynamicCache(config=model.config), setting(kind, window=WindowConfig(2, 100, 8))[1]
+    caches = [setting(kind, attention=attention)[1] for attention in ("auto", "general")]
+    for cache in (exact, plain, *caches):
+        feed(model, cache, tokens[:, :31], [31])
+        if cache is not exact:
+            cache.evict(keep)
+    ones = torch.ones_like(tokens)
+    position = torch.arange(44).expand(2, -1)
+    expected, start = [], 31
+    for size in sizes:
+        part = slice(start, start + size)
+        with torch.no_grad():
+            out = model(
+                tokens[:, part],
+                past_key_values=exact,
+                attention_mask=hidden[:, : part.stop],
+                position_ids=position[:, part],
+            )
+        expected.append(out.logits)
+        start += size
+    same(kind, go_on(model, plain, tokens, sizes, ones), torch.cat(expected, 1))
+    outs = [go_on(model, cache, tokens, sizes, ones) for cache in caches]
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
+    assert min(caches[0].layout.coded) >= 16
+    assert caches[0].layout.columns < 44
+
+
 def streamer(kind):
     class Collector(BaseStreamer):
         def __init__(self):
@@ -470,6 +506,7 @@ FEATURES = {
     "left padding": left_padding,
     "right padding": right_padding,
     "select, repeat": select_and_repeat,
+    "evict": evict,
     "streamer": streamer,
     "torch.compile": compiled,
     "CPU offload": cpu_offloaded,

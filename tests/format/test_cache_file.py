@@ -67,11 +67,12 @@ def test_contents(tmp_path):
     metadata = header.pop("__metadata__")
     assert json.loads(metadata["aquakv"]) == {
         "format": "aquakv-cache",
-        "format_version": 1,
+        "format_version": 2,
         "codec": None,
         "codec_sha256": codec.digest,
         "window": {"sink_tokens": 2, "recent_window": 0, "block_tokens": 8},
         "columns": 30,
+        "seen": 30,
         "starts": [3, 0],
         "recording": [],
     }
@@ -111,8 +112,8 @@ def test_missing_other_and_older_files(tmp_path):
     _refused(tmp_path / "codec", model, codec, "expected format 'aquakv-cache'")
     path = tmp_path / "cache"
     _saved(path, "paper")
-    other = _rewrite(path, tmp_path / "other", lambda h: h.update(format_version=2))
-    _refused(other, model, codec, "format version 2; this aquakv reads version 1: update aquakv, or feed")
+    other = _rewrite(path, tmp_path / "other", lambda h: h.update(format_version=1))
+    _refused(other, model, codec, "format version 1; this aquakv reads version 2: update aquakv, or feed")
 
 
 def test_truncated_and_flipped(tmp_path):
@@ -139,6 +140,10 @@ def test_truncated_and_flipped(tmp_path):
         ("columns", 30.0),
         ("columns", True),
         ("columns", None),
+        ("seen", 29),
+        ("seen", 31),
+        ("seen", -1),
+        ("seen", None),
         ("starts", []),
         ("starts", [0]),
         ("starts", [3, 0, 0]),

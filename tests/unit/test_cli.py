@@ -243,6 +243,56 @@ def test_eval_perplexity_by_both_protocols(place, capsys, name):
     assert single["bits_per_value_total"] is None
 
 
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_eval_of_a_pruned_context(place, capsys, name):
+    results = []
+    for codec in (["--codec", place / "codec"], []):
+        arguments = ["eval", "perplexity", place / "tiny", "--data", place / "test.txt", "--samples", 2]
+        arguments += [
+            "--seq-len",
+            300,
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--json",
+            "pruned.json",
+            *codec,
+        ]
+        code, out, err = _run(capsys, *arguments, "--prune", name, "--keep", 0.5)
+        assert code == 0, err
+        with open("pruned.json") as file:
+            result = json.load(file)
+        assert set(result) >= CONTRACT
+        assert result["pruning"].items() >= {"policy": name, "keep": 0.5, "context": 132}.items()
+        assert (result["tokens"], result["protocol"]) == (2 * 167, "pruned context")
+        assert result["bytes_vs_bf16"] == result["bits_per_original_value"] / 16
+        assert f"{result['perplexity']:.4f} behind a pruned context" in out
+        results.append(result)
+    compressed, exact = results
+    assert compressed["bits_per_original_value"] < exact["bits_per_original_value"]
+    assert exact["bits_per_original_value"] == pytest.approx(16, rel=0.05)  # half of float32
+    assert exact["bits_per_value"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--keep", 0.5], "--keep goes with --prune"),
+        (["--context", 50], "--context goes with --prune"),
+        (["--prune", "h2o", "--protocol", "single-pass"], "--protocol streaming"),
+        (["--prune", "h2o", "--keep", 1.5], "a whole number of tokens, got 1.5"),
+        (["--prune", "snapkv", "--keep", 0], "SnapKV: keep: expected"),
+        (["--prune", "snapkv", "--context", 299], "a context of 1 to 298"),
+    ],
+)
+def test_impossible_pruning(place, capsys, more, says):
+    code, out, err = _run(capsys, *_eval(place, *more))
+    assert (code, out) == (2, "")
+    assert says in " ".join(err.split())
+    assert err.count("\n") == 1
+
+
 def test_eval_without_a_codec_measures_the_exact_cache(place, capsys):
     code, out, err = _run(
         capsys,

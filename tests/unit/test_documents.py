@@ -24,13 +24,13 @@ def test_tables_are_those_of_the_committed_results():
 def test_readme_holds_every_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- end -->", readme, flags=re.DOTALL)
-    assert [name for name, _ in blocks] == ["quality", "speed"]
+    assert [name for name, _ in blocks] == ["quality", "speed", "pruning"]
     assert all(body.startswith("|") and "table:" not in body for _, body in blocks)
 
 
 def test_readmes_program_runs_as_written(tmp_path, monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    program, evicting = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     words = {word: number for number, word in enumerate(["[UNK]", "The", "quick", "brown", "fox"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -43,3 +43,6 @@ def test_readmes_program_runs_as_written(tmp_path, monkeypatch, capsys):
     assert names["output"].shape == (1, 4 + 32)
     assert names["cache"].get_seq_length() == 4 + 31
     assert capsys.readouterr().out.startswith("The quick brown fox")
+    exec(evicting, names)
+    assert names["cache"].get_seq_length() == 4 + 31
+    assert int(names["cache"].layout.held_columns().sum()) == 4 + 31 - 10

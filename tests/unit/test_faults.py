@@ -93,6 +93,7 @@ OPERATIONS = {
     "steps that compress": [1] * 6,
     "a chunk": [14],
     "taking back": lambda cache: cache.crop(-1),
+    "evicting": lambda cache: cache.evict(torch.arange(cache.get_seq_length()) % 3 > 0),
     "choosing rows": lambda cache: cache.batch_select_indices([1, 0, 1]),
 }
 
@@ -123,7 +124,7 @@ def test_faults(name, operation, fault):
         return cache
 
     def state(cache):
-        return cache.layout.rows, cache.get_seq_length()
+        return cache.layout.rows, cache.get_seq_length(), cache.layout.columns
 
     def expected_after():
         """Return what follows on every state in which the operation may leave an intact cache."""
@@ -178,6 +179,7 @@ def test_faults(name, operation, fault):
 def _refuses_everything(cache):
     for use in (
         lambda: cache.crop(-1),
+        lambda: cache.evict(torch.zeros(cache.get_seq_length(), dtype=torch.bool)),
         lambda: cache.batch_select_indices([0]),
         lambda: copy.deepcopy(cache),
         lambda: cache.save("/nowhere/at/all"),

@@ -10,14 +10,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.encoding import PageEncoder
+from aquakv.cache.evicting_cache import EvictingCache
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
+from aquakv.cache.pruning import Pruner
 from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.records import storage_bytes
 from aquakv.cache.saving import SavedCache, write_cache
@@ -26,6 +28,7 @@ from aquakv.cache.storage import CodedPages
 from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError, ConfigError
+from aquakv.eviction import EvictionPolicy
 from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.attention import why_no_views
@@ -58,7 +61,7 @@ _HALFWAY = (
 )
 
 
-class AquaCache(Cache):
+class AquaCache(EvictingCache):
     """A compressed KV cache for ``model.generate(past_key_values=…)``.
 
     The first tokens of every sequence and the newest ones stay in the model's dtype; the rest is held as
@@ -88,13 +91,15 @@ class AquaCache(Cache):
         With kernels on a GPU a step of one token takes it that the attention mask says of compressed tokens
         what the mask before said: one that comes to hide some is noticed at the next step (at the second if
         the step before compressed some), with a warning. Steps that a graph repeats do not look at it.
+    eviction
+        What evicts tokens after forward passes, see `aquakv.eviction`; None evicts nothing by itself.
 
     Raises
     ------
     CodecMismatchError
         The codec belongs to another model.
     ConfigError
-        ``fused`` was asked for but cannot be had, with the reason.
+        ``fused`` was asked for but cannot be had, or a policy cannot see queries, with the reason.
     UnsupportedModelError
         The model cannot be compressed correctly.
 
@@ -113,6 +118,7 @@ class AquaCache(Cache):
         window: WindowConfig | None = None,
         attention: AttentionChoice = "auto",
         backend: Backend = "auto",
+        eviction: EvictionPolicy | None = None,
     ) -> None:
         name = "codec" if isinstance(codec, ModelCodec) else str(codec)
         self.codec = codec if isinstance(codec, ModelCodec) else ModelCodec.load(codec)
@@ -135,6 +141,7 @@ class AquaCache(Cache):
         self._in_forward = False
         self._prepared: PagedStep | None = None
         self._broken = False
+        self.eviction = eviction
         self._paged = self._fused and self._why_not_paged() is None
         self._build()
         super().__init__(layers=self.layers)
@@ -180,7 +187,7 @@ class AquaCache(Cache):
             has changed then.
         """
         frequencies = self._adapter.frequencies(position_ids)
-        if self.layout.columns and frequencies != self._frequencies:
+        if self.layout.seen and frequencies != self._frequencies:
             raise CacheStateError(
                 f"in this pass the model's rotary embedding ({self._adapter.changing_rope_type}) changes its "
                 f"frequencies, but the cache holds {self.layout.columns} tokens rotated by those before; "
@@ -191,6 +198,8 @@ class AquaCache(Cache):
     def _attends_to_codes(self, new_columns: int) -> bool:
         """Tell whether the pass that begins attends to codes."""
         if not self._fused or self._custom_mask or new_columns > MOST_QUERIES or not self.layout.pages:
+            return False
+        if self._pruner is not None and self._pruner.wants(new_columns):
             return False
         return self._mask is None or self._mask.shape[1] >= self.layout.columns + new_columns
 
@@ -230,6 +239,7 @@ class AquaCache(Cache):
         try:
             if step is not None:
                 self._settle(step)
+                self._prune()
         except BaseException:
             self._forget_tables()
             raise
@@ -319,7 +329,10 @@ class AquaCache(Cache):
             self._step, self._done = None, step
             if self._paged and (step.due or key_states.shape[2] > 1):
                 self._state.look_at(self.layout, self._mask)
-        return everything
+        holes, (keys, values) = self.layout.holes, everything
+        if holes is None or not isinstance(keys, Tensor):
+            return keys, values
+        return holes.spread(keys, self.layout.seen), holes.spread(values, self.layout.seen)
 
     def _settle(self, step: CacheStep) -> None:
         """Bring what kernels read up to date after a pass, and note whether it can be repeated."""
@@ -365,6 +378,7 @@ class AquaCache(Cache):
     def _new_step(self, key_states: Tensor, positions: Tensor) -> CacheStep:
         """Add a pass's columns to the layout, and return the step that adds them to the layers."""
         rows, _, new_columns, _ = key_states.shape
+        self._mask = self._in_slots(self._mask, new_columns)
         before, fused = self.layout.columns, self._attends_to_codes(new_columns)
         kernels = fused and self._attends_with_kernels(key_states)
         self.layout.append(new_columns, positions, self._mask, rows)
@@ -457,9 +471,9 @@ class AquaCache(Cache):
         attention_mask
             ``[rows, columns, the new one included]``, or None.
         """
-        before = self.layout.columns
+        before, mask = self.layout.columns, self._in_slots(attention_mask, 1)
         self.layout.append(1, position_ids, None, self.layout.rows)
-        step = self._paged_step(before, attention_mask)
+        step = self._paged_step(before, mask)
         self._prepared = step
         first = self._compressed[0]
         assert first.pages.records is not None  # there was a step before
@@ -484,6 +498,7 @@ class AquaCache(Cache):
         self._broken = True  # until all is new
         self._step = self._done = self._prepared = None
         self._in_forward = False
+        self._pruner = None if self._pruner is None else Pruner(self._pruner.policy)
         self._build()
         self._broken = False
 
@@ -497,7 +512,7 @@ class AquaCache(Cache):
         """
         self._require_intact()
         tokens_to_remove = int(tokens_to_remove)  # transformers may hand over a tensor
-        columns = self.layout.columns
+        columns = self.layout.seen
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, columns - tokens_to_remove)
         removed = min(removed, columns)
         if removed == 0:
@@ -514,12 +529,17 @@ class AquaCache(Cache):
                 )
         self._steady = None
         with self._changing():
-            self.layout.crop(removed)
+            whole = self.layout.crop(removed)
+            if not whole:
+                stays = torch.arange(columns) < columns - removed
+                self._keep(stays.expand(self.layout.rows, -1), columns - removed)
             for layer in self.layers:
                 if not isinstance(layer, AquaLayer):
                     layer.crop(-removed)
-                elif layer.exact is not None:
+                elif layer.exact is not None and whole:
                     layer.exact.crop(removed)
+            if self._pruner is not None:
+                self._pruner.crop(columns - removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row ``i`` a copy of the present row ``beam_idx[i]`` (beam search)."""
@@ -537,6 +557,8 @@ class AquaCache(Cache):
         self._steady = None
         with self._changing():
             pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
+            if self._pruner is not None:
+                self._pruner.select(rows)
             for layer in self.layers:
                 if not isinstance(layer, AquaLayer):
                     _select_rows(layer, rows)
@@ -577,6 +599,7 @@ class AquaCache(Cache):
         *,
         attention: AttentionChoice = "auto",
         backend: Backend = "auto",
+        eviction: EvictionPolicy | None = None,
     ) -> AquaCache:
         """Return a cache that goes on where a saved one was, on the devices of the model's layers.
 
@@ -589,8 +612,8 @@ class AquaCache(Cache):
         codec
             The codec that the cache was saved with, or the path of its file; None takes it from the cache
             file, if that has it.
-        attention, backend
-            As for a new cache.
+        attention, backend, eviction
+            As for a new cache. What a policy had seen is not in the file.
 
         Raises
         ------
@@ -601,7 +624,9 @@ class AquaCache(Cache):
             The codec belongs to another model.
         """
         saved = SavedCache.read(Path(path), codec)
-        cache = cls(model, saved.codec, window=saved.window, attention=attention, backend=backend)
+        cache = cls(
+            model, saved.codec, window=saved.window, attention=attention, backend=backend, eviction=eviction
+        )
         saved.restore(cache._adapter, cache.layout, cache.layers)
         if cache.layout.positions is not None and cache.layout.columns:
             cache._frequencies = cache._adapter.frequencies(cache.layout.positions)
@@ -622,19 +647,23 @@ class AquaCache(Cache):
                 sinks, tail = sinks + layer_sinks, tail + layer_tail
                 itemsize = layer.dtype.itemsize
         per_token = 2 * self.codec.fingerprint.features * len(self._order)
-        total_values = self.layout.rows * self.layout.columns * per_token
+        layout = self.layout
+        original_values = layout.rows * layout.seen * per_token
+        evicting = 0 if layout.holes is None else layout.holes.footprint()
+        evicting += 0 if self._pruner is None else self._pruner.footprint()
         return Footprint(
             code_bytes=words,
             scale_bytes=scales,
             outlier_bytes=outliers,
-            position_bytes=storage_bytes(self.layout.positions) + self._state.footprint(),
+            position_bytes=storage_bytes(layout.positions) + evicting + self._state.footprint(),
             spare_bytes=spare,
             sink_bytes=sinks,
             tail_bytes=tail,
             other_layer_bytes=other,
-            coded_values=sum(self.layout.coded) * per_token,
-            total_values=total_values,
-            exact_cache_bytes=total_values * itemsize,
+            coded_values=(sum(layout.coded) - layout.fillers()) * per_token,
+            total_values=layout.held_tokens() * per_token,
+            original_values=original_values,
+            exact_cache_bytes=original_values * itemsize,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:
@@ -643,6 +672,7 @@ class AquaCache(Cache):
         other = AquaCache(
             self._adapter.model, self.codec, window=self.window, attention=self._choice, backend=self._backend
         )
+        other._pruner = copy.deepcopy(self._pruner, memo)
         other._frequencies = self._frequencies
         other.layout = copy.deepcopy(self.layout, memo)
         other.layers = [copy.deepcopy(layer, memo) for layer in self.layers]

@@ -42,12 +42,12 @@ class AquaLayer(CacheLayerMixin):
         raise CacheStateError("a compressed layer is updated through AquaCache.update, not by itself")
 
     def get_seq_length(self) -> int:
-        """Return the columns held, padding included."""
-        return self.layout.columns
+        """Return the columns that the model counts, padding and evicted tokens included."""
+        return self.layout.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns after ``query_length`` more, and the first one's index."""
-        return self.layout.columns + query_length, 0
+        return self.layout.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """Return -1: there is no maximum."""

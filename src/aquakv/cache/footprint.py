@@ -18,8 +18,9 @@ class Footprint:
         Compressed tokens that are kept exactly beside their codes, with their indices; counted with the
         compressed region.
     position_bytes
-        Position ids of all tokens, and tables of pages for kernels, with the room that these have for more;
-        counted with the compressed region.
+        Position ids of all tokens, where these are in the model's columns once some are evicted, what a
+        policy keeps of them, and tables of pages for kernels, with the room that these have for more; counted
+        with the compressed region.
     spare_bytes
         Room for more codes and outliers, which steps of one token a row make ahead; part of all that is held,
         but of no compressed value.
@@ -30,9 +31,11 @@ class Footprint:
     coded_values
         Key and value entries that the compressed region stands for.
     total_values
-        Key and value entries of all tokens at the compressed layers.
+        Key and value entries of all tokens held at the compressed layers.
+    original_values
+        The same with those of evicted tokens.
     exact_cache_bytes
-        What an exact cache of the same tokens holds at the compressed layers.
+        What an exact cache, from which nothing is evicted, holds at the compressed layers.
     """
 
     code_bytes: int
@@ -45,6 +48,7 @@ class Footprint:
     other_layer_bytes: int
     coded_values: int
     total_values: int
+    original_values: int
     exact_cache_bytes: int
 
     @property
@@ -72,9 +76,20 @@ class Footprint:
         """Measured bits per value of the compressed layers, exact tokens and room included."""
         return 8 * self.held_bytes / self.total_values if self.total_values else None
 
+    @property
+    def bits_per_original_value(self) -> float | None:
+        """Measured bits, as `bits_per_value_total`, per value of all tokens, evicted ones included."""
+        return 8 * self.held_bytes / self.original_values if self.original_values else None
+
     def to_dict(self) -> dict[str, int | float | None]:
         """Return all figures by name."""
-        derived = ("coded_bytes", "total_bytes", "bits_per_value", "bits_per_value_total")
+        derived = (
+            "coded_bytes",
+            "total_bytes",
+            "bits_per_value",
+            "bits_per_value_total",
+            "bits_per_original_value",
+        )
         return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
 
     def __str__(self) -> str:

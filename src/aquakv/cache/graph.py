@@ -142,7 +142,7 @@ class DecodeGraph:
         Raises
         ------
         CacheStateError
-            The cache is empty.
+            The cache is empty, or a row's newest token was evicted and there are no ``position_ids``.
         ShapeError
             There is not one token for each row of the cache.
         """
@@ -152,6 +152,11 @@ class DecodeGraph:
         if tuple(input_ids.shape) != (len(positions), 1):
             raise ShapeError(
                 f"DecodeGraph.step: expected input_ids [{len(positions)}, 1], got {list(input_ids.shape)}"
+            )
+        if position_ids is None and not self._cache.layout.ends_with_newest:
+            raise CacheStateError(
+                "DecodeGraph.step: a sequence's newest token was evicted, so the next one's position is not "
+                "known; pass position_ids"
             )
         if position_ids is None:
             position_ids = positions[:, -1:].long().to(input_ids.device) + 1

@@ -4,6 +4,9 @@ Tokens are addressed by *row* (sequence of the batch) and *column* (index along 
 sees it, padding included). Columns before a row's first real token are padding and are never stored. A row's
 first ``sink_tokens`` real tokens are its sinks; behind them whole blocks of tokens are compressed, oldest
 first, so what is compressed of a row does not depend on the rows beside it.
+
+Once tokens are evicted, columns here are the *slots* of `aquakv.cache.holes`: fewer than the model counts,
+and some that hold no token.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from aquakv.cache.holes import Holes
 from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError
 
@@ -41,7 +45,10 @@ class TokenLayout:
     version
         Rises whenever ``starts``, ``coded`` or ``pages`` change.
     selections
-        Rises whenever rows are selected. Otherwise pages are only ever added behind the others.
+        Rises whenever rows are selected. Otherwise pages are only ever added behind the others, but for
+        evictions, after which everything that was made of them is forgotten.
+    holes
+        Where tokens in columns come from, once some were evicted.
     """
 
     window: WindowConfig
@@ -52,6 +59,7 @@ class TokenLayout:
     successive: list[bool] = field(default_factory=list)
     version: int = 0
     selections: int = 0
+    holes: Holes | None = None
     _positions: Tensor | None = None
 
     @property
@@ -63,6 +71,42 @@ class TokenLayout:
     def rows(self) -> int:
         """Batch size; 0 before the first tokens."""
         return len(self.starts)
+
+    @property
+    def seen(self) -> int:
+        """Columns as the model counts them, those of evicted tokens included."""
+        return self.columns if self.holes is None else self.columns + self.holes.shift
+
+    @property
+    def ends_with_newest(self) -> bool:
+        """Whether the newest column of every row is held."""
+        holes = self.holes
+        if holes is None or self.columns > holes.slots:
+            return True
+        return holes.slots > 0 and bool((holes.origins[:, -1] == holes.seen - 1).all())
+
+    def fillers(self) -> int:
+        """Return how many of the compressed tokens are none: they fill blocks that eviction left partial."""
+        if self.holes is None:
+            return 0
+        sinks, count = self.window.sink_tokens, 0
+        for origins, start, coded in zip(self.holes.origins, self.starts, self.coded, strict=True):
+            count += int((origins[start + sinks : start + sinks + coded] < 0).sum())
+        return count
+
+    def held_columns(self) -> Tensor:
+        """Return which columns that the model counts hold a token, ``[rows, seen]`` bool on the CPU."""
+        after = torch.arange(self.columns) >= torch.tensor(self.starts)[:, None]
+        if self.holes is None:
+            return after
+        cpu = torch.device("cpu")
+        return torch.cat([self.holes.held(cpu), after[:, self.holes.slots :]], 1)
+
+    def held_tokens(self) -> int:
+        """Return the number of tokens held of all rows, padding included until something is evicted."""
+        if self.holes is None:
+            return self.rows * self.columns
+        return int((self.holes.origins >= 0).sum()) + self.rows * (self.columns - self.holes.slots)
 
     def lengths(self) -> list[int]:
         """Return the number of real tokens of each row."""
@@ -166,29 +210,53 @@ class TokenLayout:
         self.version += 1
 
     def restore(
-        self, columns: int, starts: list[int], positions: Tensor, pages: list[tuple[int, int]]
+        self,
+        columns: int,
+        starts: list[int],
+        positions: Tensor,
+        pages: list[tuple[int, int]],
+        holes: Holes | None = None,
     ) -> None:
-        """Make an empty layout that of tokens which another one described, by its attributes."""
+        """Make the layout that of tokens which another one described, by its attributes."""
         self.columns, self.starts, self.coded = columns, list(starts), [0] * len(starts)
-        self._positions = positions
+        self._positions, self.holes = positions, holes
+        self.pages, self.successive = [], []
         self.version += 1
         self.commit(pages)
 
-    def crop(self, tokens: int) -> None:
-        """Forget the newest ``tokens`` columns, none of which may be compressed."""
+    def crop(self, tokens: int) -> bool:
+        """Forget the newest ``tokens`` columns that the model counts, none of which may be compressed.
+
+        Returns
+        -------
+        bool
+            False, and nothing has changed, if some of them were evicted: rows may then lose different numbers
+            of tokens.
+        """
+        if self.holes is not None and self.columns - tokens < self.holes.slots:
+            last = self.holes.columns_of_slots(self.columns)
+            for row, (start, coded) in enumerate(zip(self.starts, self.coded, strict=True)):
+                first = start + self.window.sink_tokens
+                if coded and int(last[row, first : first + coded].max()) >= self.seen - tokens:
+                    raise CacheStateError(self._cannot_crop(tokens, row))
+            return False
         after = self.columns - tokens
         for row, coded in enumerate(self.coded):
             if coded and after < self.starts[row] + self.window.sink_tokens + coded:
-                held = self.columns - self.starts[row] - self.window.sink_tokens - coded
-                raise CacheStateError(
-                    f"cannot remove {tokens} tokens: only {held} of sequence {row} are still exact; "
-                    f"build the cache with a recent_window of at least {tokens}"
-                )
+                raise CacheStateError(self._cannot_crop(tokens, row))
         self.columns = after
         self.starts = [min(start, after) for start in self.starts]
         self.version += 1
         if self.positions is not None:
             self._positions = self.positions.clone()
+        return True
+
+    def _cannot_crop(self, tokens: int, row: int) -> str:
+        held = self.columns - self.starts[row] - self.window.sink_tokens - self.coded[row]
+        return (
+            f"cannot remove {tokens} tokens: only {held} of sequence {row} are still exact; "
+            f"build the cache with a recent_window of at least {tokens}"
+        )
 
     def select(self, rows: list[int]) -> list[int]:
         """Make the batch ``rows`` of the present one; return the present page that each new page copies."""
@@ -204,6 +272,7 @@ class TokenLayout:
         self.selections += 1
         self.starts = [self.starts[row] for row in rows]
         self.coded = [self.coded[row] for row in rows]
+        self.holes = None if self.holes is None else self.holes.select(rows)
         if self.positions is not None:
             self._positions = self.positions[rows]
         return source

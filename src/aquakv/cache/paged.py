@@ -153,7 +153,12 @@ class PagedState:
     def outliers(
         self, layout: TokenLayout, layer_idx: int, records: Records, tables: PageTables, most: int
     ) -> OutlierRows | None:
-        """Return a layer's present outliers by row, if it can have some; a block has at most ``most``."""
+        """Return a layer's present outliers by row, if it can have some.
+
+        A block was encoded with at most ``most``. One that was packed has at most twice as many, if its
+        positions follow each other as they must here: it has taken tokens of two blocks then.
+        """
+        most = most if layout.holes is None else 2 * most
         if records.places is None:
             return None
         held = self._outliers.get(layer_idx)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.aqua_layer import AquaLayer
+from aquakv.cache.holes import Holes
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.records import Outliers
 from aquakv.codec import (
@@ -33,8 +34,8 @@ from aquakv.numerics.rans import LOWEST_STATE
 CACHE_FILE = FileKind(
     what="cache",
     format="aquakv-cache",
-    version=1,
-    entries=frozenset({"codec", "codec_sha256", "window", "columns", "starts", "recording"}),
+    version=2,
+    entries=frozenset({"codec", "codec_sha256", "window", "columns", "seen", "starts", "recording"}),
     error=CacheFileError,
     if_missing="write one with AquaCache.save",
     if_other_version="update aquakv, or feed the tokens to a new cache",
@@ -72,6 +73,8 @@ def write_cache(
     if layout.positions is not None:
         tensors["layout.positions"] = layout.positions
         tensors["layout.pages"] = torch.tensor(layout.pages, dtype=torch.int32).reshape(-1, 2)
+        if layout.holes is not None:
+            tensors["layout.origins"] = layout.holes.origins
     recording = []
     for index, layer in enumerate(layers):
         if layer.is_initialized:
@@ -88,6 +91,7 @@ def write_cache(
         "codec_sha256": codec.digest,
         "window": to_dict(layout.window),
         "columns": layout.columns,
+        "seen": layout.seen,
         "starts": layout.starts,
         "recording": recording,
     }
@@ -268,8 +272,11 @@ class _Restoring:
         """Restore which token is where; return the number of rows."""
         layout, header = self._layout, self._header
         columns, starts, recording = header["columns"], header["starts"], header["recording"]
-        if not _is_count(columns, _MOST_COLUMNS):
-            raise ConfigError(f"columns: expected a whole number from 0 to {_MOST_COLUMNS}, got {columns!r}")
+        for name in ("columns", "seen"):
+            if not _is_count(header[name], _MOST_COLUMNS):
+                raise ConfigError(
+                    f"{name}: expected a whole number from 0 to {_MOST_COLUMNS}, got {header[name]!r}"
+                )
         if not isinstance(starts, list) or not all(_is_count(start, columns) for start in starts):
             raise ConfigError(f"starts: expected a list of whole numbers from 0 to {columns}")
         sliding = [i for i, layer in enumerate(self._layers) if not isinstance(layer, AquaLayer)]
@@ -280,8 +287,9 @@ class _Restoring:
         for index in recording:
             self._layers[index].activate_past_recording()
         if not starts:
-            if columns:
-                raise ConfigError(f"starts: expected at least one for {columns} columns, got none")
+            if columns or header["seen"]:
+                most = max(columns, header["seen"])
+                raise ConfigError(f"starts: expected at least one for {most} columns, got none")
             return 0
         rows = len(starts)
         positions = self._take("layout.positions", (rows, columns), (torch.int32,))
@@ -300,11 +308,43 @@ class _Restoring:
                 )
             counts[row] += 1
         device = self._adapter.layer_device(self._adapter.compressed_layers[0])
-        layout.restore(columns, starts, positions.to(device), pages)
+        holes = self._holes(rows, counts)
+        layout.restore(columns, starts, positions.to(device), pages, holes)
         if layout.blocks_due():
             row, column = layout.blocks_due()[0]
             raise ConfigError(f"tensor layout.pages: expected row {row}'s block at column {column} too")
         return rows
+
+    def _holes(self, rows: int, coded_blocks: list[int]) -> Holes | None:
+        """Return where tokens come from, if some were evicted; of rows with so many compressed blocks."""
+        header, window = self._header, self._layout.window
+        columns, seen = header["columns"], header["seen"]
+        if "layout.origins" not in self._left:
+            if seen != columns:
+                raise ConfigError(f"seen: expected {columns}, as nothing was evicted, got {seen}")
+            return None
+        origins = self._take("layout.origins", (rows, None), (torch.int32,))
+        slots = origins.shape[1]
+        # As many columns were seen when these slots were all.
+        then = seen - columns + slots
+        if slots > columns or then < 0:
+            raise ConfigError(f"tensor layout.origins: expected at most {columns} columns, got {slots}")
+        for row, (start, blocks) in enumerate(zip(header["starts"], coded_blocks, strict=True)):
+            first = min(slots, start + window.sink_tokens)
+            tail = min(slots, first + blocks * window.block_tokens)
+            own = origins[row]
+            held = own[own >= 0]
+            if (
+                bool((own < -1).any() or (own >= then).any() or (own[:start] >= 0).any())
+                or len(held.unique()) < len(held)
+                or bool((own[tail:] < 0).any() or (own[tail:].diff() <= 0).any())
+                or (not blocks and bool((own[start:] < 0).any()))
+            ):
+                raise ConfigError(
+                    f"tensor layout.origins: expected row {row}'s tokens at different columns below {then}, "
+                    "rising behind the compressed ones, and -1 before the first"
+                )
+        return Holes(then, origins)
 
     def _tail_columns(self) -> int:
         """Return how many columns layers hold exactly, the same at all."""
@@ -375,7 +415,8 @@ class _Restoring:
     ) -> Outliers:
         """Return a layer's outliers."""
         step, blocks = self._layout.window.block_tokens, len(self._layout.pages)
-        most = self._codec.config.guard.most(step)
+        # Packed blocks have whatever outliers came together in them.
+        most = self._codec.config.guard.most(step) if self._layout.holes is None else step
         index = self._take(f"{name}.index", (None,), (torch.int32,))
         wide = index.long()
         fits = len(index) > 0 and int(wide[0]) >= 0 and int(wide[-1]) < blocks * step
@@ -396,14 +437,14 @@ class _Restoring:
         values = self._take(f"{name}.window.values", tuple(keys.shape), (keys.dtype,))
         held, kept = keys.shape[2], layer.sliding_window - 1
         # A window of a single token keeps all; so does one that records, until something is taken back.
-        least, most = min(layout.columns, kept), layout.columns
+        least, most = min(layout.seen, kept), layout.seen
         if not recording:
             most = least if kept else most
         if not (0 if recording else least) <= held <= most:
             raise ConfigError(f"tensor {name}.window.keys: expected {least} to {most} columns, got {held}")
         layer.lazy_initialization(keys[:, :, :0].to(device), values[:, :, :0].to(device))
         layer.keys, layer.values = keys.to(device), values.to(device)
-        layer.cumulative_length = layout.columns
+        layer.cumulative_length = layout.seen
 
 
 def _is_count(value: Any, most: int) -> bool:

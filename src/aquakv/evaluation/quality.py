@@ -45,6 +45,8 @@ class Quality:
         Bytes of the compressed region and the values that it stands for.
     held_bytes, held_values
         The same with all exact tokens; zero for the single-pass protocol, which holds no cache.
+    original_values
+        Values of all tokens fed, evicted ones included, where tokens are evicted.
     """
 
     tokens: int = 0
@@ -57,6 +59,7 @@ class Quality:
     coded_values: int = 0
     held_bytes: int = 0
     held_values: int = 0
+    original_values: int = 0
 
     @property
     def baseline_perplexity(self) -> float:
@@ -99,6 +102,11 @@ class Quality:
     def bits_per_value_total(self) -> float | None:
         """Measured bits per value, exact tokens included; None where no cache was held."""
         return 8 * self.held_bytes / self.held_values if self.held_values else None
+
+    @property
+    def bits_per_original_value(self) -> float | None:
+        """Measured bits, exact tokens included, per value of all tokens fed; None where none are evicted."""
+        return 8 * self.held_bytes / self.original_values if self.original_values else None
 
     def compare(self, exact: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add positions: logits ``[rows, tokens, vocabulary]`` of both, and the tokens that followed."""

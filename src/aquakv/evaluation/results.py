@@ -60,6 +60,16 @@ def quality_fields(quality: Quality) -> dict[str, Any]:
     }
 
 
+def pruned_quality_fields(quality: Quality) -> dict[str, Any]:
+    """Return the figures of a cache that may have evicted tokens: those of `quality_fields`, and its size."""
+    bits = quality.bits_per_original_value
+    return {
+        **quality_fields(quality),
+        "bits_per_original_value": bits,
+        "bytes_vs_bf16": None if bits is None else bits / 16,
+    }
+
+
 def file_sha256(path: Path) -> str:
     """Return a file's SHA-256 in hex."""
     with path.open("rb") as file:

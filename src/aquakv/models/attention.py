@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -41,6 +43,35 @@ class View(Protocol):
         ...
 
 
+@runtime_checkable
+class Watcher(Protocol):
+    """Watches queries meet keys in modules that accept views."""
+
+    def attended(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        keys: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> None:
+        """Receive ``[rows, heads, new_tokens, head_dim]`` and ``[rows, num_kv_heads, columns, head_dim]``."""
+        ...
+
+
+#: Who watches a thread's forward pass. Weak, as a pass that is interrupted leaves its entry.
+_watching: dict[int, weakref.ref[Watcher]] = {}
+
+
+def watch(watcher: Watcher | None) -> None:
+    """Let this thread's attention to tensors be watched where views are accepted; by nobody if None."""
+    if watcher is None:
+        _watching.pop(get_ident(), None)
+    else:
+        _watching[get_ident()] = weakref.ref(watcher)
+
+
 def accept_views(attention: nn.Module) -> None:
     """Let a module attend to a `View` that its cache returns; with tensors it does as before.
 
@@ -66,7 +97,11 @@ def refuse_views(attention: nn.Module) -> None:
 def _attend_to_view(
     module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, View):
+        if _watching:
+            _tell(module, query, key, scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
         config: Any = module.config
         inner = attention_function(module, config.__dict__[_OWN]._attn_implementation)
         return inner(module, query, key, value, attention_mask, **kwargs)
@@ -76,8 +111,6 @@ def _attend_to_view(
                 f"{type(module).__name__} attends with {name}, which attention to codes does not know; build "
                 'the cache with attention="general"'
             )
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # The mask is not looked at: the view knows what may be seen.
     return _attend(key, query, scaling, kwargs.get("softcap"), kwargs.get("s_aux")), None
 
@@ -87,6 +120,21 @@ def _attend(
     view: View, query: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
 ) -> Tensor:
     return view.attend(query, scaling, softcap, sink_logits)
+
+
+@uncompiled
+def _tell(
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> None:
+    held = _watching.get(get_ident())
+    watcher = None if held is None else held()
+    if watcher is not None:
+        watcher.attended(module, query, keys, scaling, softcap, sink_logits)
 
 
 AttentionInterface.register(VIEW_ATTENTION, _attend_to_view)

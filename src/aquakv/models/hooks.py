@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aquakv.models.adapter import ModelAdapter, adapt
-from aquakv.models.attention import accept_views, refuse_views
+from aquakv.models.attention import Watcher, accept_views, refuse_views, watch
 from aquakv.models.uncompiled import uncompiled
 from aquakv.models.versions import given_cache
 
@@ -25,8 +25,17 @@ class ForwardObserver(Protocol):
         """The decoder stack whose passes concern it; it hears of no other model's."""
         ...
 
+    @property
+    def watcher(self) -> Watcher | None:
+        """Who wants to see queries meet keys in these passes, where modules accept views."""
+        ...
+
     def forward_begins(self, attention_mask: Any) -> None:
         """Receive the mask that the caller gave: a tensor ``[batch, tokens]`` tells padding."""
+        ...
+
+    def mask_for_model(self, attention_mask: Any, inputs: Tensor) -> Any:
+        """Return the mask to use in its place; ``inputs`` are token ids or embeddings ``[batch, new, …]``."""
         ...
 
     def positions_known(self, position_ids: Tensor) -> None:
@@ -91,15 +100,33 @@ class ModelHooks:
             hooks._viewing.add(attention)
 
     @uncompiled
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         arguments = _by_name(module, args, kwargs)
         candidates = [given_cache(arguments), *args]
         observers = (c for c in candidates if isinstance(c, ForwardObserver))
         current = next((observer for observer in observers if observer.decoder is module), None)
         self._current.pop(get_ident(), None)
-        if current is not None:
-            self._current[get_ident()] = weakref.ref(current)
-            current.forward_begins(arguments.get("attention_mask"))
+        watch(None)
+        if current is None:
+            return None
+        self._current[get_ident()] = weakref.ref(current)
+        mask = arguments.get("attention_mask")
+        current.forward_begins(mask)
+        watch(current.watcher)
+        inputs = arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            return None  # the model will say what it misses
+        own = current.mask_for_model(mask, inputs)
+        if own is mask:
+            return None
+        names = list(inspect.signature(module.forward).parameters)[: len(args)]
+        if "attention_mask" in names:
+            place = names.index("attention_mask")
+            return (*args[:place], own, *args[place + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": own}
 
     @uncompiled
     def _before_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,6 +139,7 @@ class ModelHooks:
     @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         held = self._current.pop(get_ident(), None)
+        watch(None)
         current = None if held is None else held()
         if current is not None:
             current.forward_ends()

@@ -5,16 +5,26 @@ from __future__ import annotations
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from aquakv.cli import options
 from aquakv.codec import ModelCodec
+from aquakv.config import WindowConfig
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
-from aquakv.evaluation.quality import evaluate_quality
-from aquakv.evaluation.results import SCHEMA_VERSION, environment, file_sha256, quality_fields, write_json
+from aquakv.evaluation.pruned import Contestant, default_context, evaluate_pruning, pruning_fields
+from aquakv.evaluation.quality import Quality, evaluate_quality
+from aquakv.evaluation.results import (
+    SCHEMA_VERSION,
+    environment,
+    file_sha256,
+    pruned_quality_fields,
+    quality_fields,
+    write_json,
+)
+from aquakv.eviction import H2O, EvictionPolicy, SnapKV
 from aquakv.files import require_writable
 
 app = typer.Typer(help="Evaluate a codec against the exact cache.", no_args_is_help=False)
@@ -25,6 +35,19 @@ class ProtocolChoice(StrEnum):
 
     streaming = "streaming"
     single_pass = "single-pass"
+
+
+class PolicyChoice(StrEnum):
+    """Policies that evict tokens."""
+
+    h2o = "h2o"
+    snapkv = "snapkv"
+
+
+_POLICIES: dict[PolicyChoice, type[H2O] | type[SnapKV]] = {
+    PolicyChoice.h2o: H2O,
+    PolicyChoice.snapkv: SnapKV,
+}
 
 
 @app.callback()
@@ -47,6 +70,22 @@ def perplexity(
         ProtocolChoice,
         typer.Option("--protocol", help="streaming: through the real cache; single-pass: the same, faster."),
     ] = ProtocolChoice.streaming,
+    prune: Annotated[
+        PolicyChoice | None,
+        typer.Option(
+            "--prune", help="Evict tokens of each sequence's context; measures the tokens behind it only."
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep", help="With --prune: what stays: up to 1 a fraction (0.5), else so many tokens."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="With --prune: tokens of the context; about half by default."),
+    ] = None,
     batch_size: options.BatchSize = 1,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -55,6 +94,7 @@ def perplexity(
     """Measure perplexity, divergence and agreement against the exact cache, on the same tokens."""
     if json_out is not None:
         require_writable(json_out, "result")
+    policy = _policy(prune, keep, context, protocol)
     loaded_codec = None if codec is None else ModelCodec.load(codec)
     if loaded_codec is not None and not loaded_codec.config.window.coded_tokens(seq_len - 1):
         raise ConfigError(
@@ -65,16 +105,28 @@ def perplexity(
     options.require_length(seq_len, loaded)
     tokens = token_sequences([data], loaded.tokenizer, samples, seq_len, data_dir)
     codecs = {} if loaded_codec is None else {"codec": loaded_codec}
+    window = WindowConfig() if loaded_codec is None else loaded_codec.config.window
+    behind = context or default_context(seq_len, window)
     started = time.perf_counter()
     with options.progress_bar("Evaluating", "sequences") as report:
-        results = evaluate_quality(
-            loaded.model,
-            tokens,
-            codecs or {"exact": None},
-            protocol="streaming" if protocol is ProtocolChoice.streaming else "single-pass",
-            batch_size=batch_size,
-            progress=report,
-        )
+        if policy is None:
+            results = evaluate_quality(
+                loaded.model,
+                tokens,
+                codecs or {"exact": None},
+                protocol="streaming" if protocol is ProtocolChoice.streaming else "single-pass",
+                batch_size=batch_size,
+                progress=report,
+            )
+        else:
+            results = evaluate_pruning(
+                loaded.model,
+                tokens,
+                {"pruned": Contestant(loaded_codec, policy)},
+                behind,
+                batch_size=batch_size,
+                progress=report,
+            )
     elapsed = time.perf_counter() - started
     quality = next(iter(results.values()))
     result = {
@@ -87,14 +139,23 @@ def perplexity(
         "data": data,
         "seq_len": seq_len,
         "samples": samples,
-        "protocol": protocol.value,
+        "protocol": protocol.value if policy is None else "pruned context",
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
-        **quality_fields(quality),
+        **(quality_fields(quality) if policy is None else _pruned_fields(quality, policy, behind)),
         "elapsed_s": round(elapsed, 3),
         **environment(),
     }
     if json_out is not None:
         write_json(json_out, result)
+    if policy is not None:
+        bits = quality.bits_per_original_value
+        typer.echo(
+            f"perplexity {quality.perplexity:.4f} behind a pruned context, exact cache "
+            f"{quality.baseline_perplexity:.4f} ({options.increase(quality)}); "
+            f"KL {quality.mean_kl:.2e} nats; top-1 agreement {100 * quality.top1_agreement:.2f} %; "
+            f"{bits:.3f} bits per value of all that was fed; {quality.tokens} tokens of {data}"
+        )
+        return
     if loaded_codec is None:
         typer.echo(
             f"perplexity {quality.perplexity:.4f} with the exact cache, {quality.tokens} tokens of {data}"
@@ -106,3 +167,26 @@ def perplexity(
         f"top-1 agreement {100 * quality.top1_agreement:.2f} %; {quality.bits_per_value:.3f} bits per value; "
         f"{quality.tokens} tokens of {data}"
     )
+
+
+def _policy(
+    prune: PolicyChoice | None, keep: float | None, context: int | None, protocol: ProtocolChoice
+) -> EvictionPolicy | None:
+    """Return the policy that was asked for."""
+    if prune is None:
+        name = "--keep" if keep is not None else "--context"
+        if keep is not None or context is not None:
+            raise ConfigError(f"{name} goes with --prune h2o or --prune snapkv")
+        return None
+    if protocol is not ProtocolChoice.streaming:
+        raise ConfigError("--prune evicts tokens of a real cache: it goes with --protocol streaming")
+    share: float | int = 0.5 if keep is None else keep
+    if share > 1:
+        if share != int(share):
+            raise ConfigError(f"--keep: expected a fraction up to 1 or a whole number of tokens, got {keep}")
+        share = int(share)
+    return _POLICIES[prune](keep=share)
+
+
+def _pruned_fields(quality: Quality, policy: EvictionPolicy, context: int) -> dict[str, Any]:
+    return {"pruning": pruning_fields(policy, context), **pruned_quality_fields(quality)}
