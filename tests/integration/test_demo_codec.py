@@ -111,11 +111,17 @@ def test_the_compressed_region_holds_what_was_predicted(demo, codecs):
     assert predicted <= footprint.coded_bytes < 1.01 * predicted
 
 
-def test_readme_example_runs_as_written(codec_file, monkeypatch, capsys):
+def test_readme_examples_run_as_written(codec_file, monkeypatch, capsys):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(examples) == 2  # the second goes on from the first
     monkeypatch.chdir(codec_file.parent)
-    exec(compile(example, "README.md", "exec"), {"MODEL": load_model("demo").path})
+    names = {"MODEL": load_model("demo").path}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), names)
+    held = names["cache"].layout.held_columns()
+    assert held.shape[1] == names["cache"].get_seq_length()
+    assert not held[:, 10:20].any()
     printed = capsys.readouterr().out
     assert printed.startswith("The quick brown fox")
     assert "MiB" in printed
