@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aquakv.calibration.group import Group
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.rotary import RotaryTables, rotate, unrotate
 from aquakv.numerics import symmetric_root
@@ -66,7 +67,7 @@ class QueryMoments:
     def empty(cls, adapter: ModelAdapter) -> QueryMoments:
         """Return moments of no queries."""
         shape = (adapter.num_kv_heads, adapter.head_dim, adapter.head_dim)
-        return cls(torch.zeros(shape, dtype=torch.float64, device=adapter.model.device))
+        return cls(torch.zeros(shape, dtype=torch.float64, device=adapter.device))
 
     def add(self, queries: Tensor, tables: RotaryTables) -> None:
         """Add queries ``[rows, num_attention_heads, tokens, head_dim]``, given the tables of the tokens."""
@@ -76,6 +77,11 @@ class QueryMoments:
             grouped = vectors.unflatten(1, (heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
             self.sums += torch.bmm(grouped.transpose(1, 2), grouped).double()
             self.count += grouped.shape[1]
+
+    def share(self, group: Group) -> None:
+        """Add what the other processes of a group have summed."""
+        self.sums = group.add(self.sums)
+        self.count = int(group.add_numbers(self.count)[0])
 
 
 def key_weight(adapter: ModelAdapter, layer_idx: int, moments: QueryMoments, seq_len: int) -> Tensor:
@@ -114,6 +120,6 @@ def value_weight(adapter: ModelAdapter, layer_idx: int) -> Tensor:
     heads, dim = adapter.num_kv_heads, adapter.head_dim
     weight = getattr(getattr(attention, "o_proj", None), "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] % (heads * dim):
-        return torch.eye(dim, dtype=torch.float64, device=adapter.model.device).repeat(heads, 1, 1)
+        return torch.eye(dim, dtype=torch.float64, device=adapter.device).repeat(heads, 1, 1)
     by_head = weight.detach().double().unflatten(1, (heads, -1, dim))  # [hidden, kv head, query head, dim]
     return torch.einsum("ogqi,ogqj->gij", by_head, by_head)

@@ -19,6 +19,7 @@ from aquakv.errors import DataError, UnsupportedModelError
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
+from aquakv.models.weights import ALWAYS_THERE, LayerWeights
 
 #: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
 #: cannot be undone with another.
@@ -50,6 +51,8 @@ class ModelAdapter:
         How keys are rotated there.
     unrotated
         Those of them that do not rotate keys.
+    weights
+        Where its weights are.
     """
 
     model: PreTrainedModel
@@ -61,6 +64,12 @@ class ModelAdapter:
     head_dim: int
     layout: RotaryLayout = LAYOUTS[0]
     unrotated: frozenset[int] = frozenset()
+    weights: LayerWeights = ALWAYS_THERE
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.weights.device or self.model.device
 
     @property
     def name(self) -> str:
@@ -165,8 +174,19 @@ class ModelAdapter:
         """Return fresh transformers cache layers, one for every decoder layer."""
         return fresh_layers(self.config)
 
-    def fingerprint(self) -> ModelFingerprint:
-        """Return what ties a codec to this model."""
+    def layer_hash(self, layer_idx: int) -> str:
+        """Return the hash of a layer; of weights that come and go it is noted when first asked for."""
+        noted = self.weights.hashes
+        if noted is not None and layer_idx in noted:
+            return noted[layer_idx]
+        with self.weights.holding(layer_idx):
+            found = _layer_hash(self.layers[layer_idx])
+        if noted is not None:
+            noted[layer_idx] = found
+        return found
+
+    def fingerprint(self, hashes: bool = True) -> ModelFingerprint:
+        """Return what ties a codec to this model; without ``hashes`` what can be told without weights."""
         rotary = getattr(self.config, "rope_parameters", None) or {}
         return ModelFingerprint(
             architecture=self.name,
@@ -175,12 +195,21 @@ class ModelAdapter:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             rotary=_plain(rotary),
-            layer_hashes=tuple(_layer_hash(self.layers[i]) for i in self.compressed_layers),
+            layer_hashes=tuple(self.layer_hash(i) for i in self.compressed_layers) if hashes else (),
         )
 
 
-def adapt(model: PreTrainedModel) -> ModelAdapter:
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """Return a model's stack of decoder layers, embedding and final norm."""
+    decoder = model.get_decoder()
+    # The model itself is what transformers returns where it finds none.
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
+def adapt(model: PreTrainedModel, weights: LayerWeights = ALWAYS_THERE) -> ModelAdapter:
     """Look a model over and return its adapter.
+
+    ``weights`` tells where its weights are.
 
     Raises
     ------
@@ -205,9 +234,7 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
             raise refuse("it has layers of linear attention or state spaces, which keep no keys and values")
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise refuse(f"it needs a cache layer of type {type(layer).__name__}")
-    decoder = model.get_decoder()
-    if decoder is model:  # what transformers returns where it finds none
-        decoder = getattr(model, "model", model)
+    decoder = find_decoder(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise refuse("expected a stack of decoder layers, each with a self_attn module")
@@ -228,7 +255,7 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
         unknown = ModelAdapter(model, decoder, config, rotary, compressed, 0, 0)
         attentions: dict[int, Any] = {index: layers[index].self_attn for index in compressed}
         try:
-            found = probe(attentions, config.hidden_size, unknown.rotary_embeddings)
+            found = probe(weights.probed(attentions), config.hidden_size, unknown.rotary_embeddings)
         except ProbeError as error:
             raise refuse(str(error)) from error
         _found[model] = found
@@ -242,6 +269,7 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
         found.head_dim,
         found.layout,
         found.unrotated,
+        weights,
     )
 
 
