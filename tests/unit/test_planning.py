@@ -97,7 +97,7 @@ def test_forgotten_inputs_are_gone():
     before = inputs.regression(["b"], sources["c"])
     inputs.keep(["b", "z"])
     assert set(inputs.sources) == {"b"}
-    assert set(inputs._scatter) == {("b", "b")}
+    assert set(inputs.scatter) == {("b", "b")}
     with pytest.raises(KeyError):
         inputs.regression(["a", "b"], sources["c"])
     assert torch.equal(inputs.regression(["b"], sources["c"]).scatter_xx, before.scatter_xx)

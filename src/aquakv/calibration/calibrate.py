@@ -71,6 +71,7 @@ def calibrate_many(
     progress: Report | None = None,
     store: RunStore | None = None,
     timings: dict[str, Any] | None = None,
+    planned_layers: int | None = None,
 ) -> dict[str, ModelCodec]:
     """Calibrate several codecs in one pass over the model (arXiv:2501.19392 §3).
 
@@ -104,7 +105,9 @@ def calibrate_many(
     store
         Where finished layers are kept, to go on from after an interruption. The caller discards it.
     timings
-        Filled with the seconds of every phase (``phases``) and of every layer's (``layers``).
+        Filled with the seconds of every phase (``phases``), the same by layer (``layers``), and ``waiting``.
+    planned_layers
+        Plan with as much text as for a model of so many compressed layers, of which this is a part.
 
     Raises
     ------
@@ -116,7 +119,7 @@ def calibrate_many(
         The model cannot be compressed correctly.
     """
     adapter = model if isinstance(model, ModelAdapter) else adapt(model)
-    job = _Job.of(adapter, tokens, configs, batch_size, held_out, offload)
+    job = _Job.of(adapter, tokens, configs, batch_size, held_out, offload, planned_layers)
     started = time.perf_counter()
     group = Group.current(adapter.device)
     hashes: list[str] = []
@@ -153,7 +156,7 @@ def calibrate_many(
         "versions": library_versions(),
     }
     if timings is not None:
-        timings.update(phases=dict(ticker.seconds), layers=dict(ticker.by_layer), placing=job.waiting.name)
+        timings.update(phases=dict(ticker.seconds), layers=dict(ticker.by_layer), waiting=job.waiting.name)
     fingerprint = adapter.fingerprint()
     return {name: fit.finish(shared, fingerprint) for name, fit in fits.items()}
 
@@ -180,6 +183,7 @@ class _Job:
         batch_size: int,
         held_out: int | None,
         offload: str,
+        planned_layers: int | None,
     ) -> _Job:
         """Check everything, and decide what waits where."""
         sequences, seq_len = _check_tokens(tokens, adapter)
@@ -195,7 +199,7 @@ class _Job:
                 f"expected at least one batch for each of {processes} processes, got {sequences} sequences "
                 f"in batches of {batch_size}; use a smaller --batch-size or more --samples"
             )
-        workload = workload_of(adapter, sequences, seq_len, configs, batch_size, processes)
+        workload = workload_of(adapter, sequences, seq_len, configs, batch_size, processes, planned_layers)
         return cls(
             adapter,
             tokens,

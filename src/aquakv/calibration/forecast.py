@@ -28,6 +28,8 @@ OFFLOADS = ("none", "hidden", "all")
 
 #: Keys and values of all layers that are held at once to plan the allocation; beyond, a part must do.
 MOST_OBSERVED_BYTES = 6 << 30
+#: The same if trial fits would otherwise see less than `PLAN_TOKENS` and so on ask for.
+MOST_NEEDED_BYTES = 16 << 30
 
 #: Trial fits that plan the allocation see at least this many tokens, and this many per predictor input (with
 #: fewer, residuals look smaller than they are): all text would tell the water level hardly better.
@@ -163,12 +165,16 @@ def workload_of(
     configs: Mapping[str, CodecConfig],
     batch_size: int,
     processes: int = 1,
+    planned_layers: int | None = None,
 ) -> Workload:
-    """Return the sizes of a calibration with ``sequences`` of ``seq_len`` tokens."""
+    """Return the sizes of a calibration with ``sequences`` of ``seq_len`` tokens.
+
+    It is planned with as many sequences as a model of ``planned_layers`` compressed layers would be.
+    """
     config: Any = adapter.config
     features, itemsize = adapter.features, adapter.model.dtype.itemsize
     compressed = len(adapter.compressed_layers)
-    observed = _observed_sequences(adapter, sequences, seq_len, configs)
+    observed = _observed_sequences(adapter, sequences, seq_len, configs, planned_layers or compressed)
     layers = [dict(layer.named_parameters()) for layer in adapter.layers]
     sizes = [_bytes(layer) for layer in layers]
     total = _bytes(dict(adapter.model.named_parameters()))
@@ -429,23 +435,27 @@ def _encode_flop(config: CodecConfig, features: int, head_dim: int) -> float:
 
 
 def _observed_sequences(
-    adapter: ModelAdapter, sequences: int, seq_len: int, configs: Mapping[str, CodecConfig]
+    adapter: ModelAdapter, sequences: int, seq_len: int, configs: Mapping[str, CodecConfig], layers: int
 ) -> int:
     """Return of how many sequences the keys and values of all layers are held at once, to plan with."""
     if not any(needs_weights(config) for config in configs.values()):
         return 0
-    itemsize = adapter.model.dtype.itemsize
-    size = 2 * adapter.features * len(adapter.compressed_layers) * seq_len * itemsize
-    return max(min(2, sequences), min(sequences, MOST_OBSERVED_BYTES // size))
+    size = 2 * adapter.features * layers * seq_len * adapter.model.dtype.itemsize
+    needed = min(_needed_sequences(adapter, seq_len, configs), MOST_NEEDED_BYTES // size)
+    return min(sequences, max(2, needed, MOST_OBSERVED_BYTES // size))
+
+
+def _needed_sequences(adapter: ModelAdapter, seq_len: int, configs: Mapping[str, CodecConfig]) -> int:
+    """Return how many sequences trial fits want to see."""
+    inputs = max(most_inputs(config, adapter.features) for config in configs.values())
+    return -(-max(PLAN_TOKENS, _PLAN_TOKENS_PER_INPUT * inputs) // seq_len)
 
 
 def _trial_batches(
     adapter: ModelAdapter, observed: int, seq_len: int, batch_size: int, configs: Mapping[str, CodecConfig]
 ) -> int:
     """Return how many batches of the observed sequences, at least two sequences, trial fits see."""
-    inputs = max(most_inputs(config, adapter.features) for config in configs.values())
-    wanted = -(-max(PLAN_TOKENS, _PLAN_TOKENS_PER_INPUT * inputs) // seq_len)
-    return -(-min(observed, max(2, wanted)) // batch_size)
+    return -(-min(observed, max(2, _needed_sequences(adapter, seq_len, configs))) // batch_size)
 
 
 def most_inputs(config: CodecConfig, features: int) -> int:

@@ -51,6 +51,14 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype to load the model in.")]
 SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of each sequence.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")]
+Offload = Annotated[
+    str,
+    typer.Option(
+        "--offload",
+        help="What waits in host memory between layers: none, hidden (hidden states), all (keys and values "
+        "too), or auto: as little as the device has room for.",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 DATA_HELP = (

@@ -19,7 +19,7 @@ from aquakv.errors import DataError, UnsupportedModelError
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
-from aquakv.models.weights import ALWAYS_THERE, LayerWeights
+from aquakv.models.weights import ALWAYS_THERE, LayerWeights, find_decoder
 
 #: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
 #: cannot be undone with another.
@@ -197,13 +197,6 @@ class ModelAdapter:
             rotary=_plain(rotary),
             layer_hashes=tuple(self.layer_hash(i) for i in self.compressed_layers) if hashes else (),
         )
-
-
-def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """Return a model's stack of decoder layers, embedding and final norm."""
-    decoder = model.get_decoder()
-    # The model itself is what transformers returns where it finds none.
-    return getattr(model, "model", model) if decoder is model else decoder
 
 
 def adapt(model: PreTrainedModel, weights: LayerWeights = ALWAYS_THERE) -> ModelAdapter:

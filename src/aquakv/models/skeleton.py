@@ -8,9 +8,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from aquakv.models.adapter import ModelAdapter, adapt, find_decoder
-from aquakv.models.weights import Reader, StreamedWeights
-
 
 def build_skeleton(
     config: PreTrainedConfig,
@@ -29,17 +26,6 @@ def build_skeleton(
         model = AutoModelForCausalLM.from_config(config, **arguments)
     _fill_buffers(model, model, device)
     return model.eval().requires_grad_(False)
-
-
-def stream_model(model: PreTrainedModel, reader: Reader, device: torch.device) -> ModelAdapter:
-    """Return the adapter of a model from `build_skeleton` whose weights come from ``reader`` part by part.
-
-    Raises
-    ------
-    UnsupportedModelError
-        As from `adapt`.
-    """
-    return adapt(model, StreamedWeights(model, find_decoder(model), reader, device))
 
 
 @torch.no_grad()

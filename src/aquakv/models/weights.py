@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -109,7 +110,7 @@ class RandomWeights:
         return 0
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamedWeights:
     """Weights of which only the part at hand, and the next one meanwhile, are in memory.
 
@@ -126,6 +127,8 @@ class StreamedWeights:
         Where the parts at hand are.
     hashes
         Hashes of layers, noted by whoever computes them.
+    waited
+        Seconds that somebody waited for a part.
     """
 
     model: PreTrainedModel
@@ -133,6 +136,7 @@ class StreamedWeights:
     reader: Reader
     device: torch.device
     hashes: dict[int, str] = field(default_factory=dict)
+    waited: float = 0.0
     _held: dict[Part, int] = field(default_factory=dict)
     _coming: dict[Part, Future[None]] = field(default_factory=dict)
 
@@ -143,6 +147,11 @@ class StreamedWeights:
         # One thread: parts are read in the order in which they are wanted.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="aquakv-weights")
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, reader: Reader, device: torch.device) -> StreamedWeights:
+        """Return the weights of a model that was built without any."""
+        return cls(model, find_decoder(model), reader, device)
+
     def tensors_of(self, part: Part) -> dict[str, Tensor]:
         """Return a part's tensors by name, without values."""
         return {name: self._absent[name] for name in self._parts.get(part, [])}
@@ -152,16 +161,14 @@ class StreamedWeights:
         """Names of all tensors that any part needs."""
         return [name for names in self._parts.values() for name in names]
 
-    def part_of(self, name: str) -> Part | None:
-        """Return the part that a tensor belongs to first, or None."""
-        return next((part for part, names in self._parts.items() if name in names), None)
-
     @contextmanager
     def holding(self, part: Part, then: Part | None = None) -> Iterator[None]:
         """Have a part at hand; what comes ``then`` is read meanwhile."""
         if not self._held.get(part):
+            started = time.perf_counter()
             self._begin(part)
             self._coming.pop(part).result()
+            self.waited += time.perf_counter() - started
         self._held[part] = self._held.get(part, 0) + 1
         if then is not None and then in self._parts and not self._held.get(then):
             self._begin(then)
@@ -232,6 +239,13 @@ class _WithRandomWeights(Mapping[int, nn.Module]):
 
     def __len__(self) -> int:
         return len(self._attentions)
+
+
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """Return a model's stack of decoder layers, embedding and final norm."""
+    decoder = model.get_decoder()
+    # The model itself is what transformers returns where it finds none.
+    return getattr(model, "model", model) if decoder is model else decoder
 
 
 def place_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -34,9 +34,7 @@ def calibrate(
     samples: Annotated[int, typer.Option("--samples", min=2, help="Sequences.")] = 32,
     seq_len: options.SeqLen = 2048,
     batch_size: options.BatchSize = 4,
-    activations: Annotated[
-        str, typer.Option("--activations", help="Where all sequences' activations wait: cpu or model.")
-    ] = "cpu",
+    offload: options.Offload = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
 ) -> None:
@@ -54,7 +52,7 @@ def calibrate(
             tokens,
             config,
             batch_size=batch_size,
-            activation_device=activations,
+            offload=offload,
             record=record,
             progress=report,
         )
