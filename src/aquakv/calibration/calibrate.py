@@ -305,7 +305,9 @@ class _Sweep:
         if hashes:
             assert self.store is not None
             done = adapter.compressed_layers[len(hashes) - 1] + 1
+            self._check_hash(adapter.compressed_layers[len(hashes) - 1], hashes)
             start = self.store.restore_activations(walk, self.fits, job.waiting.vectors)
+            self._note_hashes(start, hashes)
             with self.ticker.phase("replay"):
                 for layer_idx, observation in observer.steps(walk, done, start, weights=False):
                     if observation is not None:
@@ -338,6 +340,15 @@ class _Sweep:
                 [batch[:, sinks:] for batch in observation.keys],
                 [batch[:, sinks:] for batch in observation.values],
             )
+
+    def _note_hashes(self, start: int, hashes: Sequence[str]) -> None:
+        """Take over the hashes of layers that need not be read again; check them where that costs nothing."""
+        noted = self.job.adapter.weights.hashes
+        for layer_idx, found in zip(self.job.adapter.compressed_layers, hashes, strict=False):
+            if noted is None:
+                self._check_hash(layer_idx, hashes)
+            elif layer_idx < start:
+                noted.setdefault(layer_idx, found)
 
     def _check_hash(self, layer_idx: int, hashes: Sequence[str]) -> None:
         order = self.job.adapter.compressed_layers.index(layer_idx)

@@ -39,8 +39,8 @@ _PLAN_TOKENS_PER_INPUT = 24
 #: Float32 copies of a batch's vectors that encoding and its figures have at once.
 _ENCODE_COPIES = 12
 
-#: What Python, libraries and a GPU's driver take of host memory.
-_PROCESS_BYTES = 3 << 30
+#: What Python and libraries take of host memory, without and with a GPU's driver.
+_PROCESS_BYTES = {"cpu": 1 << 30, "cuda": 3 << 30}
 
 #: Part of the free memory that a plan may fill: allocators leave gaps.
 _USABLE = 0.94
@@ -166,10 +166,12 @@ def workload_of(
     batch_size: int,
     processes: int = 1,
     planned_layers: int | None = None,
+    streamed: bool | None = None,
 ) -> Workload:
     """Return the sizes of a calibration with ``sequences`` of ``seq_len`` tokens.
 
     It is planned with as many sequences as a model of ``planned_layers`` compressed layers would be.
+    ``streamed`` tells whether weights will come and go, if the adapter is not the one that will be used.
     """
     config: Any = adapter.config
     features, itemsize = adapter.features, adapter.model.dtype.itemsize
@@ -179,7 +181,7 @@ def workload_of(
     sizes = [_bytes(layer) for layer in layers]
     total = _bytes(dict(adapter.model.named_parameters()))
     weights = adapter.weights
-    streamed = isinstance(weights, StreamedWeights)
+    streamed = isinstance(weights, StreamedWeights) if streamed is None else streamed
     inputs = _bytes(weights.tensors_of("input")) if isinstance(weights, StreamedWeights) else 0
     outputs = _bytes(weights.tensors_of("output")) if isinstance(weights, StreamedWeights) else 0
     batches = -(-sequences // batch_size)
@@ -267,7 +269,7 @@ def forecast(work: Workload, waiting: Waiting) -> Forecast:
         Item("hidden states", hidden_at, work.hidden_bytes),
     ]
     chosen = max(fullest, planning, start, key=_on_device)
-    host = [Item("Python and libraries", "host", _PROCESS_BYTES)]
+    host = [Item("Python and libraries", "host", _process(work.device))]
     if work.streamed:
         host.append(Item("a layer on its way", "host", work.layer_bytes))
     own_host = max(fullest, planning, key=lambda items: sum(i.size for i in items if i.where == "host"))
@@ -314,11 +316,8 @@ def choose_waiting(work: Workload, offload: str) -> Waiting:
 def fits(found: Forecast, device_bytes: int | None, host_bytes: int) -> bool:
     """Tell whether there is room; on a CPU, where ``device_bytes`` is None, all of it is host memory."""
     if device_bytes is None:
-        return found.total("device") + found.total("host") <= _USABLE * host_bytes + _PROCESS_BYTES
-    return (
-        found.total("device") <= _USABLE * device_bytes
-        and found.total("host") <= _USABLE * host_bytes + _PROCESS_BYTES
-    )
+        return found.total("device") + found.total("host") <= _USABLE * host_bytes
+    return found.total("device") <= _USABLE * device_bytes and found.total("host") <= _USABLE * host_bytes
 
 
 def free_bytes(device: torch.device) -> tuple[int | None, int]:
@@ -341,6 +340,10 @@ def _refuse(found: Forecast, offload: str, device_bytes: int | None, host_bytes:
         f"expected at most {_gib(_USABLE * have)} of {where} memory, the calibration would take "
         f"{_gib(wanted)}; {advice}"
     )
+
+
+def _process(device: torch.device) -> int:
+    return _PROCESS_BYTES.get(device.type, max(_PROCESS_BYTES.values()))
 
 
 def _gib(size: float) -> str:
@@ -405,7 +408,7 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _kept_tensors(config: CodecConfig) -> tuple[int, int]:
-    """Return how many tensors of earlier layers predictors read, and how many of the layer at hand are kept."""
+    """Return how many tensors of earlier layers predictors read, and how many of the layer at hand."""
     if config.predictor.kind != "linear":
         return 0, 1
     reads = {*config.predictor.key_inputs, *config.predictor.value_inputs} - {"keys"}

@@ -87,10 +87,10 @@ class RunStore:
 
     def save_plan(self, plans: Mapping[str, Plan], harm: Harm | None) -> None:
         """Keep the plans by configuration, and the harm of errors."""
-        content: dict[str, Any] = {"harm": harm, "plans": {}}
+        content: dict[str, Any] = {"harm": harm, "plans": []}
         tensors: dict[str, Tensor] = {}
         for number, (name, plan) in enumerate(plans.items()):
-            content["plans"][name] = {"planes": plan.planes, "theta": plan.theta, "step": plan.step}
+            content["plans"].append([name, plan.planes, plan.theta, plan.step])
             if plan.model is not None:
                 tensors[f"{number}.frequencies"] = plan.model.frequencies
                 tensors[f"{number}.points"] = plan.model.points
@@ -103,12 +103,11 @@ class RunStore:
             return None
         content, tensors = self._read(path)
         plans = {}
-        for number, (name, plan) in enumerate(content["plans"].items()):
+        for number, (name, planes, theta, step) in enumerate(content["plans"]):
             model = None
             if f"{number}.points" in tensors:
                 model = EntropyModel(tensors[f"{number}.frequencies"], tensors[f"{number}.points"])
-            planes = plan["planes"]
-            plans[name] = Plan(None if planes is None else tuple(planes), plan["theta"], plan["step"], model)
+            plans[name] = Plan(None if planes is None else tuple(planes), theta, step, model)
         return plans, content["harm"]
 
     def save_layer(self, fits: Sequence[CodecFit], layer_hash: str) -> None:

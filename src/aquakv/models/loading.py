@@ -112,7 +112,13 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_model(model: str) -> str:
-    """Return what transformers takes for `model`: a checked directory, or a Hub id."""
+    """Return what transformers takes for `model`: a checked directory, or a Hub id.
+
+    Raises
+    ------
+    ModelError
+        There is no such model.
+    """
     if not isinstance(model, str) or not model.strip():
         raise ModelError(f"expected a model ({_EXPECTED}), got {model!r}")
     if model == DEMO:
@@ -137,6 +143,7 @@ def resolve_model(model: str) -> str:
 
 
 def load_config(name: str, path: str) -> Any:
+    """Return the configuration of the model that `resolve_model` found; raises `ModelError` as that does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -155,6 +162,7 @@ def load_config(name: str, path: str) -> Any:
 
 
 def load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model that `resolve_model` found; raises `ModelError` as that does."""
     from transformers import AutoTokenizer
 
     try:

@@ -13,7 +13,7 @@ from aquakv.models.adapter import ModelAdapter, adapt
 from aquakv.models.checkpoint import CheckpointWeights
 from aquakv.models.loading import DTYPES, load_config, load_tokenizer, quiet, resolve_device, resolve_model
 from aquakv.models.skeleton import build_skeleton
-from aquakv.models.weights import StreamedWeights
+from aquakv.models.weights import RandomWeights, StreamedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +75,23 @@ def stream_directory(directory: Path, config: Any, dtype: str, device: torch.dev
     return adapt(skeleton, weights)
 
 
+def open_without_weights(model: str, dtype: str, device: torch.device) -> ModelAdapter:
+    """Return the adapter of a model of which only the configuration is read, to plan with.
+
+    Raises
+    ------
+    ModelError
+        There is no such model.
+    UnsupportedModelError
+        It cannot be compressed correctly.
+    """
+    path = resolve_model(model)
+    with quiet():
+        config = load_config(model, path)
+        skeleton = build_skeleton(config, _dtype(dtype, config, None), device)
+        return adapt(skeleton, StreamedWeights.of(skeleton, RandomWeights(), device))
+
+
 def checkpoint_bytes(model: str) -> int | None:
     """Return the bytes of a model's weights on disk; None if they are not in safetensors files here."""
     try:
@@ -100,10 +117,10 @@ def _directory(name: str, path: str) -> Path:
         ) from error
 
 
-def _dtype(asked: str, config: Any, reader: CheckpointWeights) -> torch.dtype:
+def _dtype(asked: str, config: Any, reader: CheckpointWeights | None) -> torch.dtype:
     if asked != "auto":
         return getattr(torch, asked)
     found = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     if isinstance(found, str):
         found = getattr(torch, found.removeprefix("torch."), None)
-    return found or reader.dtype() or torch.float32
+    return found or (reader and reader.dtype()) or torch.float32

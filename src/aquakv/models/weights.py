@@ -59,6 +59,10 @@ class AlwaysThere:
 ALWAYS_THERE = AlwaysThere()
 
 
+#: Numbers that are repeated: a prime, so that no two rows of a matrix are alike.
+_QUICK = 65537
+
+
 class Reader(Protocol):
     """Brings tensors of a model from where they are kept."""
 
@@ -85,9 +89,12 @@ class RandomWeights:
     ----------
     deviation
         Standard deviation of weights.
+    quick
+        Repeat a few thousand numbers over and over: good enough to see what a module does.
     """
 
     deviation: float = 0.02
+    quick: bool = False
 
     def read(self, model: PreTrainedModel, names: list[str], device: torch.device) -> None:
         """Make the named tensors on a device."""
@@ -102,7 +109,11 @@ class RandomWeights:
                 new.fill_(1)
             else:
                 generator = torch.Generator(device).manual_seed(_seed(name))
-                new.normal_(0, self.deviation, generator=generator)
+                few = new.flatten()[:_QUICK] if self.quick else new
+                few.normal_(0, self.deviation, generator=generator)
+                if self.quick:
+                    repeated = few.clone().repeat(-(-new.numel() // _QUICK))
+                    new.view(-1).copy_(repeated[: new.numel()])
             place_tensor(module, leaf, new)
 
     def bytes_of(self, tensors: Mapping[str, Tensor]) -> int:
@@ -229,7 +240,7 @@ class _WithRandomWeights(Mapping[int, nn.Module]):
         self._weights._drop(self._current)
         prefix = f"{_name_of(self._weights.model, self._attentions[index])}."
         self._current = [name for name in self._weights.tensors_of(index) if name.startswith(prefix)]
-        self._weights._materialise(self._current, RandomWeights())
+        self._weights._materialise(self._current, RandomWeights(quick=True))
         return self._attentions[index]
 
     def __iter__(self) -> Iterator[int]:
