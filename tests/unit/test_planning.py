@@ -504,6 +504,7 @@ def test_little_memory_means_two_walks(name, observed, monkeypatch):
     # Keys and values of three layers, 32 floats each, for 64 tokens; but never fewer than two sequences.
     sequence = 2 * 3 * 32 * 4 * 64
     monkeypatch.setattr(forecast_module, "MOST_OBSERVED_BYTES", observed * sequence if observed > 2 else 1)
+    monkeypatch.setattr(forecast_module, "MOST_NEEDED_BYTES", 1)
     monkeypatch.setattr(
         Observer, "steps", lambda self, walk, *a: walks.append(walk.sequences) or steps(self, walk, *a)
     )

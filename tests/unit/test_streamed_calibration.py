@@ -102,7 +102,7 @@ def test_checkpoints_that_cannot_be_read_are_refused(checkpoint, tmp_path):
     name, file = next(item for item in listed["weight_map"].items() if "k_proj" in item[0])
     del listed["weight_map"][name]
     index.write_text(json.dumps(listed))
-    with pytest.raises(ModelError, match=f"1 tensors are missing .first {name}"):
+    with pytest.raises(ModelError, match="1 tensors are missing"):
         stream_directory(tmp_path, settings, "auto", CPU)
     listed["weight_map"][name] = "elsewhere.safetensors"
     index.write_text(json.dumps(listed))
@@ -203,7 +203,7 @@ def test_what_another_run_left_is_not_taken_for_ones_own(tmp_path, checkpoint):
     with torch.no_grad():
         for parameter in other.model.layers.parameters():
             parameter += torch.linspace(0, 0.1, parameter.shape[-1])
-    with pytest.raises(CheckpointError, match="layer . differs"):
+    with pytest.raises(CheckpointError, match=r"layer . differs"):
         calibrate(other, TOKENS, config("paper"), store=again)
     path = tmp_path / "run" / "layer-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

@@ -68,7 +68,8 @@ class CalibrationBench:
         rate = matmul_rate(device, self.adapter.model.dtype)
         work = workload_of(
             self.adapter,
-            *self.tokens.shape,
+            len(self.tokens),
+            self.tokens.shape[1],
             {"": self.config},
             self.batch_size,
             Group.current(device).size,
@@ -167,7 +168,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         _wait(device)
         started = time.perf_counter()
         for _ in range(4):
-            a @ b
+            torch.mm(a, b)
         _wait(device)
         times.append((time.perf_counter() - started) / 4)
     return 2.0 * size**3 / sorted(times[2:])[2]

@@ -161,6 +161,8 @@ class StreamedWeights:
     @classmethod
     def of(cls, model: PreTrainedModel, reader: Reader, device: torch.device) -> StreamedWeights:
         """Return the weights of a model that was built without any."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # as tensors say it
         return cls(model, find_decoder(model), reader, device)
 
     def tensors_of(self, part: Part) -> dict[str, Tensor]:
