@@ -1,6 +1,7 @@
-"""What the precision of second moments does to a codec of the demo model, on a CPU.
+r"""What the precision of second moments does to a codec of the demo model, on a CPU.
 
-    python benchmarks/calibration_precision.py --data-dir DIR --out benchmarks/results/calibration-precision-demo.json
+    python benchmarks/calibration_precision.py --data-dir DIR \\
+        --out benchmarks/results/calibration-precision-demo.json
 
 Second moments of centred keys, values and reconstructions are sums of products; sums of 4096 products go
 into float64 in any case. Contestants round the factors: not at all (products in float64), to float32, to

@@ -11,6 +11,7 @@ A directory holds, each file checksummed and put in place by renaming:
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from aquakv.calibration.walk import LayerWalk, lay
 from aquakv.codec import ModelCodec, ModelFingerprint
 from aquakv.codec.entropy import EntropyModel
 from aquakv.codec.file import FileKind, read_file, write_file
+from aquakv.codec.model import layer_tensors
 from aquakv.errors import CheckpointError, OutputError
 
 #: Activations are saved once so many times the time that this takes has gone by.
@@ -121,10 +123,8 @@ class RunStore:
                 moments[f"{number}.mean.{name}"] = fit.inputs.sources[name].mean
                 for other in names[: index + 1]:
                     moments[f"{number}.scatter.{name}.{other}"] = fit.inputs.scatter[name, other]
-            made = ModelCodec(fit.config, _first(fit.fingerprint, order + 1), tuple(fit.layers))
-            for name, tensor in made.content()[1].items():
-                if name.startswith((f"layers.{order}.", "entropy.")):
-                    codecs[f"{number}.{name}"] = tensor
+            for name, tensor in layer_tensors(fit.layers[order], order).items():
+                codecs[f"{number}.{name}"] = tensor
         content = {"sources": [list(fit.inputs.sources) for fit in fits]}
         self._write(f"moments-{order:05}", content, moments)
         records = [fit.record[-1] for fit in fits]
@@ -277,7 +277,5 @@ def _short(value: Any) -> str:
 
 def tokens_digest(tokens: Tensor) -> str:
     """Return a SHA-256, in hex, of token ids."""
-    import hashlib
-
     plain = tokens.to(torch.int64).cpu().contiguous()
     return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
