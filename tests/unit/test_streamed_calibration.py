@@ -276,3 +276,29 @@ def test_weights_prefetched_but_not_wanted_do_no_harm(checkpoint):
     with weights.holding(1), weights.holding(1):
         pass
     assert all(p.device.type == "meta" for p in weights.model.parameters())
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["paper", "decode", "storage"])
+def test_a_gpu_gives_the_same_codec_wherever_batches_wait(name, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("aquakv.calibration.store._PATIENCE", 0)
+    monkeypatch.setattr("aquakv.calibration.forecast.MOST_OBSERVED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.forecast.MOST_NEEDED_BYTES", 1)
+    directory, cuda = checkpoint("llama"), torch.device("cuda")
+    loaded = AutoModelForCausalLM.from_pretrained(directory).to(cuda)
+    seen = []
+    whole = calibrate(loaded, TOKENS, config(name), progress=seen.append)
+    settings = AutoConfig.from_pretrained(directory)
+    for offload in ("none", "hidden", "all"):
+        adapter = stream_directory(directory, settings, "auto", cuda)
+        assert same_codec(calibrate(adapter, TOKENS, config(name), offload=offload), whole)
+        path = tmp_path / offload
+        killer, store = _killer(seen[-1].total - 4), RunStore(path)
+        with pytest.raises(Killed):
+            calibrate(adapter, TOKENS, config(name), offload=offload, progress=killer, store=store)
+        adapter = stream_directory(directory, settings, "auto", cuda)
+        again = calibrate(adapter, TOKENS, config(name), offload=offload, store=RunStore(path, resume=True))
+        assert same_codec(again, whole)

@@ -86,7 +86,7 @@ def calibrate_many(
     ----------
     model
         The model, whose weights and device are left alone; or an adapter whose weights come and go layer by
-        layer (`aquakv.models.open_streamed`).
+        layer (`aquakv.models.streaming.open_streamed(…).adapter`).
     tokens
         ``[sequences, seq_len]`` int64 token ids without padding.
     configs
