@@ -9,8 +9,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from aquakv import calibrate, preset
-from aquakv.calibration.forecast import OFFLOADS, choose_waiting, fits, forecast, workload_of
+from aquakv.calibration.forecast import OFFLOADS, choose_waiting, fits, forecast
 from aquakv.calibration.observe import Waiting
+from aquakv.calibration.workload import workload_of
 from aquakv.cli.main import main
 from aquakv.cli.progress_log import progress_log
 from aquakv.errors import ResourceError
@@ -60,8 +61,8 @@ def test_operations_are_those_of_the_matrices():
 
 @pytest.mark.parametrize("name", ["paper", "decode"])
 def test_peak_memory_is_what_was_predicted(name, small_shape, monkeypatch):
-    monkeypatch.setattr("aquakv.calibration.forecast.MOST_OBSERVED_BYTES", 1)
-    monkeypatch.setattr("aquakv.calibration.forecast.MOST_NEEDED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_OBSERVED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_NEEDED_BYTES", 1)
     adapter = synthetic(small_shape, None, torch.float32, CPU)
     tokens = random_tokens(adapter.model, 64, 128)
     work = work_of(adapter, 64, 128, name)

@@ -31,7 +31,7 @@ from aquakv.numerics import StreamingMoments, allocate_fields, widths_at
 from aquakv.numerics.pages import PageLayout
 from tiny_models import WINDOW, build, random_tokens, same_bits, shared
 
-forecast_module = importlib.import_module("aquakv.calibration.forecast")
+workload_module = importlib.import_module("aquakv.calibration.workload")
 TOKENS = random_tokens(16, 64, seed=1)
 
 
@@ -475,8 +475,8 @@ def test_calibration_is_deterministic_and_independent_of_company(name, tmp_path)
 def test_trial_fits_see_a_part_of_much_text(name, monkeypatch):
     whole = calibrate(shared(), TOKENS, config(name))
     needed = 2 * 7 * 32 if name == "storage" else 12 * 32
-    monkeypatch.setattr(forecast_module, "PLAN_TOKENS", 1)
-    monkeypatch.setattr(forecast_module, "_PLAN_TOKENS_PER_INPUT", 2 if name == "storage" else 12)
+    monkeypatch.setattr(workload_module, "PLAN_TOKENS", 1)
+    monkeypatch.setattr(workload_module, "_PLAN_TOKENS_PER_INPUT", 2 if name == "storage" else 12)
     seen, sizes, fit = [], [], Planner._fit
 
     def watched(self, *args):
@@ -503,8 +503,8 @@ def test_little_memory_means_two_walks(name, observed, monkeypatch):
     walks, steps = [], Observer.steps
     # Keys and values of three layers, 32 floats each, for 64 tokens; but never fewer than two sequences.
     sequence = 2 * 3 * 32 * 4 * 64
-    monkeypatch.setattr(forecast_module, "MOST_OBSERVED_BYTES", observed * sequence if observed > 2 else 1)
-    monkeypatch.setattr(forecast_module, "MOST_NEEDED_BYTES", 1)
+    monkeypatch.setattr(workload_module, "MOST_OBSERVED_BYTES", observed * sequence if observed > 2 else 1)
+    monkeypatch.setattr(workload_module, "MOST_NEEDED_BYTES", 1)
     monkeypatch.setattr(
         Observer, "steps", lambda self, walk, *a: walks.append(walk.sequences) or steps(self, walk, *a)
     )

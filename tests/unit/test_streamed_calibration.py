@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import signal
@@ -118,6 +119,16 @@ def test_checkpoints_that_cannot_be_read_are_refused(checkpoint, tmp_path):
         stream_directory(tmp_path, settings, "auto", CPU)
 
 
+def test_tensors_that_make_several_are_refused(checkpoint, monkeypatch):
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    rule = WeightConverter("mlp.gate_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(0)])
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: [rule])
+    with pytest.raises(UnsupportedModelError, match="--no-stream"):
+        streamed(checkpoint())
+
+
 # --- interruptions ----------------------------------------------------------------------------------------
 
 
@@ -137,8 +148,8 @@ def _killer(when):
 @pytest.mark.parametrize("names", [("paper",), ("storage", "decode")])
 def test_going_on_gives_the_same_codec(names, snapshots, tmp_path, monkeypatch, checkpoint):
     monkeypatch.setattr("aquakv.calibration.store._PATIENCE", 0 if snapshots else 1e9)
-    monkeypatch.setattr("aquakv.calibration.forecast.MOST_OBSERVED_BYTES", 1)
-    monkeypatch.setattr("aquakv.calibration.forecast.MOST_NEEDED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_OBSERVED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_NEEDED_BYTES", 1)
     configs, seen = {name: config(name) for name in names}, []
     model = streamed(checkpoint())
     whole = calibrate_many(model, TOKENS, configs, progress=seen.append)
@@ -282,11 +293,12 @@ def test_weights_prefetched_but_not_wanted_do_no_harm(checkpoint):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["paper", "decode", "storage"])
 def test_a_gpu_gives_the_same_codec_wherever_batches_wait(name, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("aquakv.calibration.store._PATIENCE", 0)
-    monkeypatch.setattr("aquakv.calibration.forecast.MOST_OBSERVED_BYTES", 1)
-    monkeypatch.setattr("aquakv.calibration.forecast.MOST_NEEDED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_OBSERVED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_NEEDED_BYTES", 1)
     directory, cuda = checkpoint("llama"), torch.device("cuda")
     loaded = AutoModelForCausalLM.from_pretrained(directory).to(cuda)
     seen = []

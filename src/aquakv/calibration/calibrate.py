@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from aquakv._version import __version__
 from aquakv.calibration.fit import CodecFit
-from aquakv.calibration.forecast import choose_waiting, most_inputs, workload_of
+from aquakv.calibration.forecast import choose_waiting
 from aquakv.calibration.group import Group
 from aquakv.calibration.observe import LayerObservation, Observer, Waiting
 from aquakv.calibration.plan import Plan
@@ -25,6 +25,7 @@ from aquakv.calibration.progress import Phase, Report, Ticker
 from aquakv.calibration.store import RunStore, tokens_digest
 from aquakv.calibration.sweep import Split
 from aquakv.calibration.walk import LayerWalk
+from aquakv.calibration.workload import most_inputs, workload_of
 from aquakv.codec import ModelCodec
 from aquakv.config import CodecConfig, to_dict
 from aquakv.errors import CheckpointError, DataError

@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from aquakv.calibration.forecast import Forecast, Workload, choose_waiting, forecast, free_bytes, workload_of
+from aquakv.calibration.forecast import Forecast, choose_waiting, forecast, free_bytes
+from aquakv.calibration.workload import Workload, workload_of
 from aquakv.cli import options
 from aquakv.config import CodecConfig
 from aquakv.evaluation import shapes
@@ -16,9 +17,10 @@ from aquakv.models.adapter import ModelAdapter
 from aquakv.models.loading import resolve_device
 from aquakv.models.streaming import open_without_weights
 
-#: Parts of the rate of large matrix products that phases reach (the model's dtype; float32), from
-#: benchmarks/results/calibrate-h200.json.
-_FORWARD_PART, _FIT_PART = 0.7, 0.3
+#: Parts of the rate of large matrix products that phases reach: the forward pass of that in the model's
+#: dtype, fits of that in float32. On a GPU from benchmarks/results/calibrate-h200.json.
+_FORWARD_PART = 0.65
+_FIT_PART = {"cuda": 0.7, "cpu": 0.3}
 
 #: What disks are taken to read, bytes a second.
 _DISK_RATE = 1e9
@@ -86,23 +88,25 @@ def _memory(found: Forecast, work: Workload) -> Table:
 
 def _time(found: Forecast, work: Workload, dtype: torch.dtype) -> Table:
     forward = _FORWARD_PART * matmul_rate(work.device, dtype)
-    fitting = _FIT_PART * matmul_rate(work.device, torch.float32)
+    fitting = _FIT_PART.get(work.device.type, 0.3) * matmul_rate(work.device, torch.float32)
     table = Table(box=None, header_style="bold")
     table.add_column("to do")
     for title in ("TFLOP", "minutes"):
         table.add_column(title, justify="right")
-    seconds = 0.0
+    sweeps = {"plan": 0.0, "main": 0.0}
     for phase, flop in found.flop.items():
         spent = flop / (fitting if phase.endswith("fit") else forward)
-        seconds += spent
+        sweeps["plan" if phase.startswith("plan") else "main"] += spent
         table.add_row(phase, f"{flop / 1e12:,.1f}", f"{spent / 60:.1f}")
+    seconds = sum(sweeps.values())
     if found.read_bytes:
-        spent = found.read_bytes / _DISK_RATE
-        seconds = max(seconds, spent)
+        reading = found.read_bytes / _DISK_RATE
         table.add_row(
             f"reading {found.read_bytes / 2**30:.1f} GiB at {_DISK_RATE / 1e9:.0f} GB/s, meanwhile",
             "",
-            f"{spent / 60:.1f}",
+            f"{reading / 60:.1f}",
         )
+        one = work.model_bytes / _DISK_RATE
+        seconds = sum(max(spent, one) for spent in sweeps.values() if spent)
     table.add_row("[bold]in all[/bold]", f"{sum(found.flop.values()) / 1e12:,.1f}", f"{seconds / 60:.1f}")
     return table

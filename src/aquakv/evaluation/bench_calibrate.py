@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aquakv.calibration import calibrate_many
-from aquakv.calibration.forecast import choose_waiting, forecast, workload_of
+from aquakv.calibration.forecast import choose_waiting, forecast
 from aquakv.calibration.group import Group
 from aquakv.calibration.progress import Report
+from aquakv.calibration.workload import workload_of
 from aquakv.config import CodecConfig
 from aquakv.evaluation.bench import Row
 from aquakv.evaluation.shapes import shape_config

@@ -92,12 +92,21 @@ def open_without_weights(model: str, dtype: str, device: torch.device) -> ModelA
         return adapt(skeleton, StreamedWeights.of(skeleton, RandomWeights(), device))
 
 
-def checkpoint_bytes(model: str) -> int | None:
-    """Return the bytes of a model's weights on disk; None if they are not in safetensors files here."""
+def weight_bytes(model: str, dtype: str = "auto") -> int | None:
+    """Return the bytes of a model's weights, told without loading them; None if that cannot be told.
+
+    Of a local directory its files count, of a Hub id what its configuration says.
+    """
     try:
-        path = Path(resolve_model(model))
-        return CheckpointWeights.open(path).size if path.is_dir() else None
-    except ModelError:
+        path = resolve_model(model)
+        if Path(path).is_dir():
+            return CheckpointWeights.open(Path(path)).size
+        with quiet():
+            config = load_config(model, path)
+            kind = _dtype(dtype, config, None)
+            skeleton = build_skeleton(config, kind, torch.device("cpu"))
+        return sum(parameter.numel() for parameter in skeleton.parameters()) * kind.itemsize
+    except (ModelError, ValueError):  # who loads it will say what is wrong
         return None
 
 

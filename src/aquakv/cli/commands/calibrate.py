@@ -22,7 +22,7 @@ from aquakv.errors import ConfigError
 from aquakv.files import require_writable
 from aquakv.models.adapter import adapt
 from aquakv.models.loading import resolve_device
-from aquakv.models.streaming import checkpoint_bytes, open_streamed
+from aquakv.models.streaming import open_streamed, weight_bytes
 
 #: Texts that are on every machine with Python, and unlike each other.
 DEFAULT_DATA = ["pydoc:train", "stdlib:train"]
@@ -122,7 +122,7 @@ def _open(model: str, stream: bool | None, dtype: options.Dtype, place: Any) -> 
     """Load a model, or open it to be read layer by layer."""
     if stream is None:
         on_device, on_host = free_bytes(place)
-        size = checkpoint_bytes(model)
+        size = weight_bytes(model, dtype.value)
         stream = size is not None and size > options.STREAM_FROM * (on_device or on_host)
     if stream:
         return open_streamed(model, dtype.value, str(place))
