@@ -286,6 +286,10 @@ def test_weights_prefetched_but_not_wanted_do_no_harm(checkpoint):
             pass
     with weights.holding(1), weights.holding(1):
         pass
+    with weights.holding("input", then=0):
+        pass
+    with weights.holding(2):
+        pass
     assert all(p.device.type == "meta" for p in weights.model.parameters())
 
 

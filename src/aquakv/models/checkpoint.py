@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,10 +173,6 @@ class CheckpointWeights:
         for source, tensor in kept.items():
             path, _, leaf = source.rpartition(".")
             place_tensor(model.get_submodule(path), leaf, tensor)
-
-    def bytes_of(self, tensors: Mapping[str, Tensor]) -> int:
-        """Return how many bytes these tensors take, as the model has them."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def _open(self, name: str) -> Any:
         try:

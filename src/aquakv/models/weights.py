@@ -76,10 +76,6 @@ class Reader(Protocol):
         """
         ...
 
-    def bytes_of(self, tensors: Mapping[str, Tensor]) -> int:
-        """Return how many bytes are read for these tensors, given by name as the model has them."""
-        ...
-
 
 @dataclass
 class RandomWeights:
@@ -115,10 +111,6 @@ class RandomWeights:
                     repeated = few.clone().repeat(-(-new.numel() // _QUICK))
                     new.view(-1).copy_(repeated[: new.numel()])
             place_tensor(module, leaf, new)
-
-    def bytes_of(self, tensors: Mapping[str, Tensor]) -> int:
-        """Return 0: nothing is read."""
-        return 0
 
 
 @dataclass(eq=False)
@@ -183,6 +175,9 @@ class StreamedWeights:
             self._coming.pop(part).result()
             self.waited += time.perf_counter() - started
         self._held[part] = self._held.get(part, 0) + 1
+        for other in [other for other in self._coming if other != then]:
+            self._coming.pop(other).result()  # somebody changed their mind
+            self._drop(self._parts[other])
         if then is not None and then in self._parts and not self._held.get(then):
             self._begin(then)
         try:
