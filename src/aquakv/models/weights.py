@@ -175,8 +175,9 @@ class StreamedWeights:
             self._coming.pop(part).result()
             self.waited += time.perf_counter() - started
         self._held[part] = self._held.get(part, 0) + 1
-        for other in [other for other in self._coming if other != then]:
-            self._coming.pop(other).result()  # somebody changed their mind
+        in_vain: list[Part] = [other for other in self._coming if other != then]
+        for other in in_vain:
+            self._coming.pop(other).result()
             self._drop(self._parts[other])
         if then is not None and then in self._parts and not self._held.get(then):
             self._begin(then)
