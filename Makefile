@@ -69,6 +69,11 @@ bench: install
 	$(BIN)/python benchmarks/quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/quality-demo.json
 	$(BIN)/python benchmarks/fidelity.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/fidelity-demo.json
 	$(BIN)/python benchmarks/speed_cpu.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/speed-cpu.json
+	$(BIN)/python benchmarks/calibration_precision.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
+		--samples 8 --seq-len 768 --out benchmarks/results/calibration-precision-demo.json
+	for how in --no-stream --stream; do $(BIN)/aquakv bench calibrate demo $$how --samples 64 --seq-len 2048 \
+		--data wikitext2:validation $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
+		--json benchmarks/results/calibrate-cpu.json --add; done
 
 clean:
 	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
