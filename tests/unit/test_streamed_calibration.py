@@ -171,6 +171,15 @@ def test_going_on_gives_the_same_codec(names, snapshots, tmp_path, monkeypatch, 
         assert not directory.exists()
 
 
+def test_nothing_is_done_again_if_only_the_codec_was_not_written(tmp_path, checkpoint):
+    codec = calibrate(streamed(checkpoint()), TOKENS, config("decode"), store=RunStore(tmp_path / "run"))
+    seen, store = [], RunStore(tmp_path / "run", resume=True)
+    again = calibrate(streamed(checkpoint()), TOKENS, config("decode"), progress=seen.append, store=store)
+    assert same_codec(again, codec)
+    assert again.fingerprint == codec.fingerprint
+    assert not seen
+
+
 def test_kill_minus_nine(tmp_path, checkpoint):
     directory, out = checkpoint(), tmp_path / "run"
     script = textwrap.dedent(
