@@ -141,6 +141,9 @@ def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main(["calibrate", str(tmp_path / "model"), "--dry-run", "--samples", "100000000", "--device", "cpu"])
     assert done.value.code == 2
+    said = capsys.readouterr()
+    assert "hidden states" in said.out
+    assert "--samples" in said.err
     with pytest.raises(SystemExit) as done:
         main(["calibrate", str(tmp_path / "model"), "--seq-len", "64"])
     assert done.value.code == 2

@@ -131,6 +131,16 @@ def choose_waiting(work: Workload, offload: str) -> Waiting:
     ResourceError
         There is too little memory.
     """
+    tried = ways_to_wait(work, offload)
+    device_bytes, host_bytes = free_bytes(work.device)
+    for waiting in tried:
+        if fits(forecast(work, waiting), device_bytes, host_bytes):
+            return waiting
+    return _refuse(forecast(work, tried[-1]), tried[-1].name, device_bytes, host_bytes)
+
+
+def ways_to_wait(work: Workload, offload: str) -> list[Waiting]:
+    """Return where batches may wait, the fastest first; raises `ConfigError` as `choose_waiting` does."""
     if offload not in ("auto", *OFFLOADS):
         raise ConfigError(f"offload: expected auto, {', '.join(OFFLOADS)}, got {offload!r}")
     cpu = torch.device("cpu")
@@ -141,12 +151,7 @@ def choose_waiting(work: Workload, offload: str) -> Waiting:
     }
     if work.device.type == "cpu":
         offload = "none"
-    device_bytes, host_bytes = free_bytes(work.device)
-    tried = OFFLOADS if offload == "auto" else (offload,)
-    for name in tried:
-        if fits(forecast(work, ways[name]), device_bytes, host_bytes):
-            return ways[name]
-    return _refuse(forecast(work, ways[tried[-1]]), tried[-1], device_bytes, host_bytes)
+    return list(ways.values()) if offload == "auto" else [ways[offload]]
 
 
 def fits(found: Forecast, device_bytes: int | None, host_bytes: int) -> bool:

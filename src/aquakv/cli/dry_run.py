@@ -7,10 +7,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from aquakv.calibration.forecast import Forecast, choose_waiting, forecast, free_bytes
+from aquakv.calibration.forecast import Forecast, choose_waiting, forecast, free_bytes, ways_to_wait
 from aquakv.calibration.workload import Workload, workload_of
 from aquakv.cli import options
 from aquakv.config import CodecConfig
+from aquakv.errors import ResourceError
 from aquakv.evaluation import shapes
 from aquakv.evaluation.bench_calibrate import matmul_rate, synthetic
 from aquakv.models.adapter import ModelAdapter
@@ -50,11 +51,17 @@ def show_plan(
     work = workload_of(
         adapter, samples, seq_len, {"": config}, batch_size, streamed=_streams(adapter, stream)
     )
-    waiting = choose_waiting(work, offload)
+    refused: ResourceError | None = None
+    try:
+        waiting = choose_waiting(work, offload)
+    except ResourceError as error:  # said after the plan that shows why
+        waiting, refused = ways_to_wait(work, offload)[-1], error
     found = forecast(work, waiting)
     console = Console(width=100, soft_wrap=True)
     console.print(_memory(found, work))
     console.print(_time(found, work, adapter.model.dtype))
+    if refused is not None:
+        raise refused
     typer.echo(f"offload {waiting.name}, {'streamed' if work.streamed else 'loaded as a whole'}")
 
 
