@@ -139,7 +139,7 @@ def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     for text in ("weights", "hidden states", "fit", "in all", "loaded as a whole"):
         assert text in said
     with pytest.raises(SystemExit) as done:
-        main(["calibrate", str(tmp_path / "model"), "--dry-run", "--samples", "100000000", "--device", "cpu"])
+        main(["calibrate", str(tmp_path / "model"), "--dry-run", "--samples", "100000000", "--seq-len", "64"])
     assert done.value.code == 2
     said = capsys.readouterr()
     assert "hidden states" in said.out
