@@ -71,7 +71,7 @@ def calibrated(
         if codec.config != configs[name] or codec.calibration["tokens"] != tokens.numel():
             raise SystemExit(f"{path(name)} was calibrated otherwise than {name} should be; remove it")
     missing = {name: config for name, config in configs.items() if name not in found}
-    made = calibrate_many(loaded.model, tokens, missing, activation_device="model") if missing else {}
+    made = calibrate_many(loaded.model, tokens, missing, offload="none") if missing else {}
     if directory:
         directory.mkdir(parents=True, exist_ok=True)
         for name, codec in made.items():

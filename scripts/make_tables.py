@@ -248,7 +248,111 @@ def pruning() -> str:
     return "\n".join(lines)
 
 
+PHASES = {
+    "plan: observe": "planning: observing a part of the text",
+    "plan: harm": "planning: what errors do",
+    "plan: fit": "planning: trial fits",
+    "observe": "text through the layers",
+    "fit": "fitting and reconstructing",
+}
+
+
+def calibration() -> str:
+    content, all_rows = rows("calibrate-h200")
+    runs = {row["contestant"]: row for row in all_rows if row["phase"] == "total"}
+    phases = {(row["contestant"], row["phase"]): row for row in all_rows}
+    titles = [
+        f"{name}, {run['layers']} of {run['total_layers']} layers | all layers"
+        if run["layers"] < run["total_layers"]
+        else name
+        for name, run in runs.items()
+    ]
+    lines = [f"| seconds | {' | '.join(titles)} |"]
+    lines.append("| --- " * (lines[0].count("|") - 1) + "|")
+
+    def line(title: str, measured: Callable[[str], str], projected: Callable[[str], str]) -> None:
+        cells = []
+        for name, run in runs.items():
+            cells.append(measured(name))
+            if run["layers"] < run["total_layers"]:
+                cells.append(projected(name))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    for phase, title in (*PHASES.items(), ("rest", "rest")):
+        line(
+            title,
+            lambda name, phase=phase: f"{phases[name, phase]['seconds']:.1f}",
+            lambda name, phase=phase: f"{runs[name]['projected_seconds'][phase]:.0f}",
+        )
+    line(
+        "in all",
+        lambda name: f"{runs[name]['seconds']:.1f}",
+        lambda name: f"{runs[name]['projected_total_seconds']:.0f}",
+    )
+    line("waiting for weights", lambda name: f"{runs[name]['waited_for_weights_seconds']:.1f}", lambda _: "")
+    line(
+        "of the rate of large matrix products, text through the layers",
+        lambda name: f"{100 * phases[name, 'observe']['of_matmul_rate']:.0f} %",
+        lambda _: "",
+    )
+    line(
+        "device memory, GiB: most (predicted)",
+        lambda name: (
+            f"{runs[name]['peak_device_bytes'] / 2**30:.1f} "
+            f"({runs[name]['predicted_device_bytes'] / 2**30:.1f})"
+        ),
+        lambda _: "",
+    )
+    line("host memory, GiB: most", lambda name: f"{runs[name]['peak_host_bytes'] / 2**30:.1f}", lambda _: "")
+    one = next(iter(runs.values()))
+    lines += [
+        "",
+        f"Preset `{one['preset']}`, {one['sequences']} × {one['seq_len']} random tokens, {one['dtype']}, "
+        f"random weights: only time and memory mean something. Large matrix products reach "
+        f"{one['matmul_tflops']:.0f} TFLOP/s. torch {content['versions']['torch']}, {content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
+def calibration_cpu() -> str:
+    content, all_rows = rows("calibrate-cpu")
+    lines = ["| demo model | seconds | memory of the process at most |", "| --- | --- | --- |"]
+    totals = [row for row in all_rows if row["phase"] == "total"]
+    for row in totals:
+        name = row["contestant"].removeprefix("demo ")
+        lines.append(f"| {name} | {row['seconds']:.0f} | {row['peak_host_bytes'] / 2**20:,.0f} MiB |")
+    one = totals[0]
+    lines += [
+        "",
+        f"Preset `{one['preset']}`, {one['sequences']} × {one['seq_len']} tokens, {one['dtype']}; "
+        f"{content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
+def calibration_precision() -> str:
+    _, all_rows = rows("calibration-precision-demo")
+    lines = [
+        "| preset | factors | first predictor differs by | held-out error (worst layer) | perplexity "
+        "| mean KL (nats) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in all_rows:
+        error = f"{row['held_out_error_ratio']:.5f} ({row['held_out_error_ratio_worst']:.4f})"
+        quality = f"{100 * row['relative_increase']:+.2f} % | {row['mean_kl']:.4f}"
+        differs = f"{row['first_predictor_differs']:.1e}"
+        lines.append(f"| {row['preset']} | {row['contestant']} | {differs} | {error} | {quality} |")
+    lines += [
+        "",
+        f"The demo model, {all_rows[0]['tokens']:,} tokens; differences and errors against float64.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
+    "calibration": calibration,
+    "calibration_cpu": calibration_cpu,
+    "calibration_precision": calibration_precision,
     "quality": quality,
     "speed": speed,
     "variants": variants,
@@ -266,7 +370,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = []
-    for path in (ROOT / "README.md", ROOT / "docs" / "variants.md", ROOT / "docs" / "kernels.md"):
+    documents = [ROOT / "docs" / f"{name}.md" for name in ("calibration", "kernels", "variants")]
+    for path in (ROOT / "README.md", *documents):
         old = path.read_text(encoding="utf-8")
         new = re.sub(
             r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",

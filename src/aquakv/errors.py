@@ -47,6 +47,14 @@ class CacheFileError(InputError):
     """The file of a saved cache is missing, truncated, damaged, of another format or unsafe to load."""
 
 
+class ResourceError(InputError):
+    """A job needs more memory than there is; the message says how to make it smaller."""
+
+
+class CheckpointError(InputError):
+    """What an interrupted calibration left is damaged, or belongs to another calibration."""
+
+
 class OutputError(InputError):
     """A result could not be written; nothing half-written is left behind."""
 

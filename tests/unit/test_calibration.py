@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aquakv import calibrate, calibrate_many, preset
-from aquakv.calibration.fit import Split
+from aquakv.calibration.sweep import Split
 from aquakv.errors import ConfigError, DataError, InputError, UnsupportedModelError
 from tiny_models import DECODE_BITS, WINDOW, build, codec_for, random_tokens, same_bits, shared
 
@@ -268,7 +268,7 @@ def test_gradients_and_half_precision_are_no_obstacle():
         (random_tokens(8, 48), {"held_out": 0}, "held-out"),
         (random_tokens(8, 48), {"held_out": 8}, "held-out"),
         (random_tokens(8, 48), {"held_out": -1}, "held-out"),
-        (random_tokens(8, 48), {"activation_device": "disk"}, "cpu or model"),
+        (random_tokens(8, 48), {"offload": "disk"}, "hidden, all"),
     ],
 )
 def test_bad_input(tokens, settings, message):

@@ -470,8 +470,8 @@ def test_no_chat_template(place, capsys):
     )
 
 
-def test_unknown_activations_and_device(place, capsys):
-    _refused(capsys, *_calibrate(place, "--activations", "disk"), says="disk")
+def test_unknown_offload_and_device(place, capsys):
+    _refused(capsys, *_calibrate(place, "--offload", "disk"), says="disk")
     _refused(capsys, *_calibrate(place, "--device", "toaster"), says="toaster")
 
 

@@ -31,8 +31,7 @@ from aquakv.numerics import StreamingMoments, allocate_fields, widths_at
 from aquakv.numerics.pages import PageLayout
 from tiny_models import WINDOW, build, random_tokens, same_bits, shared
 
-# Not `import aquakv.calibration.calibrate`: the package has a function of that name.
-calibration_module = importlib.import_module("aquakv.calibration.calibrate")
+workload_module = importlib.import_module("aquakv.calibration.workload")
 TOKENS = random_tokens(16, 64, seed=1)
 
 
@@ -119,7 +118,7 @@ def test_forgotten_inputs_are_gone():
     before = inputs.regression(["b"], sources["c"])
     inputs.keep(["b", "z"])
     assert set(inputs.sources) == {"b"}
-    assert set(inputs._scatter) == {("b", "b")}
+    assert set(inputs.scatter) == {("b", "b")}
     with pytest.raises(KeyError):
         inputs.regression(["a", "b"], sources["c"])
     assert torch.equal(inputs.regression(["b"], sources["c"]).scatter_xx, before.scatter_xx)
@@ -509,15 +508,15 @@ def test_calibration_is_deterministic_and_independent_of_company(name, tmp_path)
 def test_trial_fits_see_a_part_of_much_text(name, monkeypatch):
     whole = calibrate(shared(), TOKENS, config(name))
     needed = 2 * 7 * 32 if name == "storage" else 12 * 32
-    monkeypatch.setattr(calibration_module, "PLAN_TOKENS", 1)
-    monkeypatch.setattr(calibration_module, "_PLAN_TOKENS_PER_INPUT", 2 if name == "storage" else 12)
-    seen, sizes, trial = [], [], Planner._trial
+    monkeypatch.setattr(workload_module, "PLAN_TOKENS", 1)
+    monkeypatch.setattr(workload_module, "_PLAN_TOKENS_PER_INPUT", 2 if name == "storage" else 12)
+    seen, sizes, fit = [], [], Planner._fit
 
     def watched(self, *args):
-        sizes.append(sum(self.observations[0].batch_sizes))
-        return trial(self, *args)
+        sizes.append(sum(self.batch_sizes[: self.batches]))
+        return fit(self, *args)
 
-    monkeypatch.setattr(Planner, "_trial", watched)
+    monkeypatch.setattr(Planner, "_fit", watched)
     codec = calibrate(shared(), TOKENS, config(name), batch_size=2, progress=seen.append)
     # 64 tokens a sequence, in batches of two.
     assert sizes == [2 * -(-needed // 128)] * 2
@@ -534,11 +533,14 @@ def test_little_memory_means_two_walks(name, observed, monkeypatch):
     seen = []
     whole = calibrate(shared(), TOKENS, config(name), progress=seen.append)
     assert seen[-1].done == seen[-1].total == len(seen)
-    walks, walk = [], Observer.walk
+    walks, steps = [], Observer.steps
     # Keys and values of three layers, 32 floats each, for 64 tokens; but never fewer than two sequences.
     sequence = 2 * 3 * 32 * 4 * 64
-    monkeypatch.setattr(calibration_module, "MOST_OBSERVED_BYTES", observed * sequence if observed > 2 else 1)
-    monkeypatch.setattr(Observer, "walk", lambda self, t: walks.append(len(t)) or walk(self, t))
+    monkeypatch.setattr(workload_module, "MOST_OBSERVED_BYTES", observed * sequence if observed > 2 else 1)
+    monkeypatch.setattr(workload_module, "MOST_NEEDED_BYTES", 1)
+    monkeypatch.setattr(
+        Observer, "steps", lambda self, walk, *a: walks.append(walk.sequences) or steps(self, walk, *a)
+    )
     few = []
     codec = calibrate(shared(), TOKENS, config(name), progress=few.append)
     assert sorted(walks) == [observed, 16]

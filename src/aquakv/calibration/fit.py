@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aquakv.calibration.group import Group
 from aquakv.calibration.history import InputMoments
 from aquakv.calibration.metrics import Metric
 from aquakv.calibration.plan import (
@@ -22,7 +23,8 @@ from aquakv.calibration.plan import (
     plane_plan,
 )
 from aquakv.calibration.sensitivity import ProbeErrors, relative_power
-from aquakv.calibration.walk import Batches
+from aquakv.calibration.sweep import Split, Sweep
+from aquakv.calibration.walk import Batches, lay
 from aquakv.codec import (
     AffinePredictor,
     EntropyQuantizer,
@@ -56,57 +58,6 @@ _LEAST_DEVIATION = 1e-12
 _METRIC_HAS_FLOOR = 1e-9
 
 
-@dataclass(frozen=True)
-class Split:
-    """Which sequences of each batch are fitted; the others are held out.
-
-    Attributes
-    ----------
-    fitted
-        For every batch, how many of its first sequences are fitted.
-    """
-
-    fitted: tuple[int, ...]
-
-    @classmethod
-    def of(cls, batch_sizes: Sequence[int], held_out: int) -> Split:
-        """Hold out the last ``held_out`` sequences."""
-        left = sum(batch_sizes) - held_out
-        fitted = []
-        for size in batch_sizes:
-            fitted.append(max(0, min(size, left)))
-            left -= size
-        return cls(tuple(fitted))
-
-
-@dataclass
-class _HeldOut:
-    """Sums of squares over held-out tokens."""
-
-    total: float = 0.0
-    residual: float = 0.0
-    error: float = 0.0
-
-    def figures(self) -> dict[str, float]:
-        """Return fractions of the held-out variance."""
-        total = max(self.total, 1e-30)
-        return {
-            "explained_variance": 1 - self.residual / total,
-            "reconstruction_error": self.error / total,
-        }
-
-
-@dataclass
-class _Sweep:
-    """What one sweep over the batches learns beside the reconstructions."""
-
-    error: _HeldOut = field(default_factory=_HeldOut)
-    weighted_error: float = 0.0
-    fitted_tokens: int = 0
-    code_bits: float = 0.0
-    held_out_tokens: int = 0
-
-
 @dataclass
 class CodecFit:
     """A codec in the making.
@@ -126,10 +77,14 @@ class CodecFit:
         and `next_plan` tells the level afterwards.
     probe
         Sequences, and tokens of each, on which errors are kept for `measure_harm`; (0, 0) for none.
+    group
+        The processes that fit it together.
     layers, record
         The finished layers, and their held-out figures.
     probe_errors
         Errors on the probe, layer by layer.
+    inputs, hats
+        Moments of what later layers' predictors read, and that itself, by layer and kind.
     """
 
     config: CodecConfig
@@ -139,21 +94,29 @@ class CodecFit:
     on_batch: Callable[[], None]
     plan: Plan = field(default_factory=Plan)
     probe: tuple[int, int] = (0, 0)
+    group: Group = field(default_factory=Group)
     probe_errors: list[ProbeErrors] = field(default_factory=list)
     layers: list[LayerCodec] = field(default_factory=list)
     record: list[dict[str, Any]] = field(default_factory=list)
+    hats: dict[str, Batches] = field(default_factory=dict)
     _spectra: list[Spectrum] = field(default_factory=list)
-    _hats: dict[str, Batches] = field(default_factory=dict)
+    replayed: int = 0
 
     #: Sweeps over the batches that `fit_layer` makes, for whoever counts progress.
     SWEEPS = 2
 
     def __post_init__(self) -> None:
-        self._inputs = InputMoments(self.split.fitted, self.device)
+        self.inputs = InputMoments(self.split.fitted, self.device, self.group)
         self._statistics = LevelStatistics.empty(self.device)
         self._model: EntropyModel | None = None
         if self.config.quantizer.kind == "entropy":
             self._model = (self.plan.model or first_model(self.config.quantizer)).to(self.device)
+
+    def begin(self, plan: Plan, on_batch: Callable[[], None]) -> None:
+        """Take the water level that was found since this was made, and whom to tell of progress."""
+        self.plan, self.on_batch = plan, on_batch
+        if self._model is not None and plan.model is not None:
+            self._model = plan.model.to(self.device)
 
     def fit_layer(
         self,
@@ -186,9 +149,9 @@ class CodecFit:
             if self.probe[0] and metric is not None:
                 self._keep_errors(probed, kind, targets, hats, codecs[kind].mean, metric)
             if self.config.predictor.kind == "linear":
-                self._hats[f"{index}.{kind}"] = hats
+                self.hats[f"{index}.{kind}"] = hats
                 if self._is_read(kind):
-                    self._inputs.add(f"{index}.{kind}", hats)
+                    self.inputs.add(f"{index}.{kind}", hats)
         self._forget(index)
         self.probe_errors.append(probed)
         layer = LayerCodec(codecs["keys"], codecs["values"], self.config.predictor)
@@ -200,6 +163,25 @@ class CodecFit:
                 **figures,
             }
         )
+
+    def replay_layer(self, keys: Batches, values: Batches) -> None:
+        """Reconstruct a layer that is finished as `fit_layer` did, when going on after an interruption.
+
+        Takes what `fit_layer` did. The layers are replayed in order, the finished ones' codecs being in
+        ``layers``.
+        """
+        if self.config.predictor.kind != "linear":
+            return
+        index = self.replayed
+        for kind, targets in zip(KINDS, (keys, values), strict=True):
+            codec = getattr(self.layers[index], kind).to(self.device)
+            names = self._source_names(index, kind)
+            self.hats[f"{index}.{kind}"] = [
+                self._encode_batch(codec, targets, number, self._sources(names, number), codec.mean, None)
+                for number in range(len(targets))
+            ]
+        self.replayed += 1
+        self._forget(index)
 
     def next_plan(self) -> Plan:
         """Return the water level that the layers fitted so far call for."""
@@ -218,8 +200,13 @@ class CodecFit:
             for spectrum, weight in zip(self._spectra, weights, strict=True)
         ]
 
-    def finish(self, calibration: dict[str, Any]) -> ModelCodec:
-        """Return the codec, on the CPU, with a calibration record that ends with the figures by layer."""
+    def finish(self, calibration: dict[str, Any], fingerprint: ModelFingerprint | None = None) -> ModelCodec:
+        """Return the codec, on the CPU, with a calibration record that ends with the figures by layer.
+
+        ``fingerprint`` is the model's whole one, if that was not known at first.
+        """
+        if fingerprint is not None:
+            self.fingerprint = fingerprint
         layers = tuple(layer.to("cpu") for layer in self.layers)
         codec = ModelCodec(self.config, self.fingerprint, layers)
         record = [
@@ -283,8 +270,8 @@ class CodecFit:
             for kind in KINDS
             if f"previous_{kind}" in (*self.config.predictor.key_inputs, *self.config.predictor.value_inputs)
         ]
-        self._hats = {name: hats for name, hats in self._hats.items() if name in wanted}
-        self._inputs.keep(wanted)
+        self.hats = {name: hats for name, hats in self.hats.items() if name in wanted}
+        self.inputs.keep(wanted)
 
     def _fit_tensor(
         self,
@@ -295,7 +282,7 @@ class CodecFit:
         metric: Metric | None,
         importance: float,
     ) -> tuple[TensorCodec, Batches, dict[str, float]]:
-        moments = self._inputs.regression(names, targets)
+        moments = self.inputs.regression(names, targets)
         predictor = self._predictor(moments, kind, metric) if names else None
         mean = moments.mean_y.float()
         offset = torch.zeros_like(mean) if self.config.predictor.kind == "none" else mean
@@ -304,7 +291,7 @@ class CodecFit:
             if predictor is None:
                 covariance = moments.scatter_yy / max(moments.count, 1)
             else:
-                covariance = self._inputs.residual_covariance(names, targets, predictor.factors)
+                covariance = self.inputs.residual_covariance(names, targets, predictor.factors)
             size = float((metric.matrix * moments.scatter_yy).sum()) / max(moments.count, 1) / len(offset)
             codec = self._fitted_codec(
                 kind, covariance, offset, predictor, metric, importance / max(size, 1e-30)
@@ -316,14 +303,19 @@ class CodecFit:
             assert metric is not None
             nothing = torch.ones(1, device=self.device)
             codec = replace(codec, guard=OutlierGuard(metric.roots().float().to(self.device), nothing))
-        sweep = _Sweep()
+        sweep = Sweep()
         reconstructions: Batches = []
         for number in range(len(targets)):
-            sources = tuple(self._rows(self._hats[name][number]).float() for name in names)
+            sources = self._sources(names, number)
             reconstructions.append(self._encode_batch(codec, targets, number, sources, mean, sweep))
             self.on_batch()
+        sweep.share(self.group)
         codec = self._completed(codec, sweep)
-        return codec, reconstructions, sweep.error.figures()
+        return codec, reconstructions, sweep.figures()
+
+    def _sources(self, names: Sequence[str], number: int) -> tuple[Tensor, ...]:
+        """Return what a predictor reads of a batch, ``[tokens, features]`` float32 each."""
+        return tuple(self._rows(self.hats[name][number]).float() for name in names)
 
     def _predictor(self, moments: StreamingMoments, kind: str, metric: Metric | None) -> AffinePredictor:
         """Return the predictor of centred targets."""
@@ -366,7 +358,7 @@ class CodecFit:
         self._spectra.append(spectrum)
         deviations = klt.variances.sqrt().clamp_min(_LEAST_DEVIATION)
         if self.config.quantizer.kind == "scalar":
-            widths = self._widths(spectrum)
+            widths = self._widths(spectrum, kind)
             kept = torch.argsort(widths.int(), descending=True, stable=True)[: int((widths > 0).sum())]
             quantizer = ScalarQuantizer(
                 deviations[kept].float(), widths[kept], self.config.quantizer.arithmetic
@@ -387,10 +379,10 @@ class CodecFit:
         linear = LinearTransform(klt.forward[:, kept].contiguous(), klt.inverse[kept].contiguous())
         return TensorCodec(mean, predictor, linear, quantizer)
 
-    def _widths(self, spectrum: Spectrum) -> Tensor:
+    def _widths(self, spectrum: Spectrum, kind: str) -> Tensor:
         """Return each coefficient's width, uint8."""
         if self.config.quantizer.arithmetic:
-            return self._field_widths(spectrum)
+            return self._field_widths(spectrum, kind)
         widths, distortions = level_options(self.config.allocation, self.config.quantizer)
         theta = self.plan.theta
         if theta is None:
@@ -403,12 +395,12 @@ class CodecFit:
         chosen = widths_at(weighted, widths, distortions, theta)
         return fill_bytes(chosen, weighted, widths, distortions)
 
-    def _field_widths(self, spectrum: Spectrum) -> Tensor:
+    def _field_widths(self, spectrum: Spectrum, kind: str) -> Tensor:
         """Return widths that fields share and that fill the planes of the plan."""
         if self.plan.planes is None:
             planes = plane_plan([spectrum], self.config.allocation)[0]
         else:
-            planes = self.plan.planes[len(self._spectra) - 1]
+            planes = self.plan.planes[2 * len(self.layers) + KINDS.index(kind)]
         options = level_options(self.config.allocation, self.config.quantizer)
         widths = torch.zeros(len(spectrum.variances), dtype=torch.uint8, device=spectrum.variances.device)
         chosen = allocate_fields(spectrum.energies, *options, planes)
@@ -432,7 +424,7 @@ class CodecFit:
         number: int,
         sources: tuple[Tensor, ...],
         mean: Tensor,
-        sweep: _Sweep,
+        sweep: Sweep | None,
     ) -> Tensor:
         """Encode a batch, gather figures, and return the reconstruction in the batch's shape and dtype."""
         batch = targets[number]
@@ -442,20 +434,15 @@ class CodecFit:
         coefficients = codec.transform.forward(residual)
         codes, dequantized = codec.quantizer.quantize(coefficients)
         hat = codec.transform.inverse_add(dequantized, prediction)
-        first = self.split.fitted[number] * batch.shape[1]
-        sweep.error.total += _square_sum(centred[first:] + codec.mean - mean)
-        sweep.error.residual += _square_sum(residual[first:])
-        sweep.error.error += _square_sum(centred[first:] - hat[first:])
-        sweep.fitted_tokens += first
-        sweep.held_out_tokens += len(centred) - first
-        if codec.guard is not None and first:
-            sweep.weighted_error += float(codec.guard.weighted_error((centred - hat)[:first]).double().sum())
-        if isinstance(codec.quantizer, EntropyQuantizer):
-            codec.quantizer.count(codes.head(first), coefficients[:first], self._statistics)
-            sweep.code_bits += codec.quantizer.code_bits(codes.tail(first))
-        return hat.view(batch.shape).to(device=batch.device, dtype=batch.dtype)
+        if sweep is not None:
+            first = self.split.fitted[number] * batch.shape[1]
+            sweep.count_errors(codec, centred, residual, hat, mean, first)
+            if isinstance(codec.quantizer, EntropyQuantizer):
+                codec.quantizer.count(codes.head(first), coefficients[:first], self._statistics)
+                sweep.code_bits += codec.quantizer.code_bits(codes.tail(first))
+        return lay(hat.view(batch.shape).to(batch.dtype), batch.device)
 
-    def _completed(self, codec: TensorCodec, sweep: _Sweep) -> TensorCodec:
+    def _completed(self, codec: TensorCodec, sweep: Sweep) -> TensorCodec:
         """Return the codec with what only the sweep could tell."""
         if isinstance(codec.quantizer, EntropyQuantizer):
             bits = sweep.code_bits / max(sweep.held_out_tokens, 1)
@@ -475,7 +462,3 @@ def _product(factors: tuple[Tensor, ...]) -> Tensor:
     """Return the map that factors make, float64."""
     first = factors[0].double()
     return first if len(factors) == 1 else first @ factors[1].double()
-
-
-def _square_sum(tensor: Tensor) -> float:
-    return float(tensor.square().sum(dtype=torch.float64))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from aquakv.calibration.group import Group
 from aquakv.calibration.walk import Batches
 from aquakv.numerics import StreamingMoments
-from aquakv.numerics.moments import true_float32_products
+from aquakv.numerics.moments import tensor_core_products, true_float32_products
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,17 @@ class InputMoments:
         Where the arithmetic runs.
     sources
         What is known so far, by name.
+    group
+        The processes whose batches count together.
+    scatter
+        Centred products ``[width, width]`` float64 of every two sources, by both names.
     """
 
     fitted: Sequence[int]
     device: torch.device
+    group: Group = field(default_factory=Group)
     sources: dict[str, Source] = field(default_factory=dict)
-    _scatter: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    scatter: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def rows(self, batches: Batches, number: int) -> Tensor:
         """Return a batch's fitted rows ``[rows, width]`` in float32 on the device."""
@@ -53,6 +59,8 @@ class InputMoments:
             rows = self.rows(batches, number)
             total += rows.sum(0, dtype=torch.float64)
             count += len(rows)
+        total = self.group.add(total)
+        count = int(self.group.add_numbers(count)[0])
         return total / max(count, 1), count
 
     def add(self, name: str, batches: Batches) -> None:
@@ -62,14 +70,14 @@ class InputMoments:
         others = list(self.sources.values())
         products = self._products(source, others)
         for other, product in zip(others, products, strict=True):
-            self._scatter[name, other.name] = product
-            self._scatter[other.name, name] = product.T
+            self.scatter[name, other.name] = product
+            self.scatter[other.name, name] = product.T
 
     def keep(self, names: Sequence[str]) -> None:
         """Forget all sources but these."""
         self.sources = {name: source for name, source in self.sources.items() if name in names}
-        self._scatter = {
-            pair: product for pair, product in self._scatter.items() if set(pair) <= set(self.sources)
+        self.scatter = {
+            pair: product for pair, product in self.scatter.items() if set(pair) <= set(self.sources)
         }
 
     def regression(self, names: Sequence[str], targets: Batches) -> StreamingMoments:
@@ -80,7 +88,7 @@ class InputMoments:
         products = self._products(target, [*chosen, target])
         empty = mean.new_zeros(0, len(mean))
         cross = torch.cat([empty, *(product.T for product in products[:-1])])
-        rows = [torch.cat([self._scatter[a, b] for b in names], 1) for a in names]
+        rows = [torch.cat([self.scatter[a, b] for b in names], 1) for a in names]
         scatter = torch.cat(rows) if rows else mean.new_zeros(0, 0)
         mean_x = torch.cat([mean.new_zeros(0), *(source.mean for source in chosen)])
         return StreamingMoments.of_parts(count, mean_x, mean, scatter, cross, products[-1])
@@ -108,24 +116,24 @@ class InputMoments:
         chosen = [self.sources[name] for name in names]
         maps = [factor.to(device=self.device, dtype=torch.float32) for factor in factors]
         total = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=self.device)
-        with true_float32_products():
-            for number, fitted in enumerate(self.fitted):
-                if not fitted:
-                    continue
+        for number, fitted in enumerate(self.fitted):
+            if fitted:
                 parts = [self._centred(source, number) for source in (target, *chosen)]
                 for rows, *inputs in zip(*(part.split(_CHUNK_ROWS) for part in parts), strict=True):
-                    predicted = torch.cat(inputs, 1)
-                    for factor in maps:
-                        predicted = predicted @ factor
+                    with true_float32_products():
+                        predicted = torch.cat(inputs, 1)
+                        for factor in maps:
+                            predicted = predicted @ factor
                     residual = rows - predicted
-                    total += (residual.T @ residual).double()
-        return total / max(count, 1)
+                    with tensor_core_products():
+                        total += (residual.T @ residual).double()
+        return self.group.add(total) / max(count, 1)
 
     def _products(self, first: Source, others: Sequence[Source]) -> list[Tensor]:
         """Return the centred ``firstᵀ other`` of every other source, float64."""
         widths = [len(other.mean) for other in others]
         total = torch.zeros(len(first.mean), sum(widths), dtype=torch.float64, device=self.device)
-        with true_float32_products():
+        with tensor_core_products():
             for number, fitted in enumerate(self.fitted):
                 if not fitted:
                     continue
@@ -133,7 +141,7 @@ class InputMoments:
                 partners = [rows if other is first else self._centred(other, number) for other in others]
                 for parts in zip(*(t.split(_CHUNK_ROWS) for t in (rows, *partners)), strict=True):
                     total += (parts[0].T @ torch.cat(parts[1:], 1)).double()
-        return list(total.split(widths, 1))
+        return list(self.group.add(total).split(widths, 1))
 
     def _centred(self, source: Source, number: int) -> Tensor:
         return self.rows(source.batches, number) - source.mean.float()

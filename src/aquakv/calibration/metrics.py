@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aquakv.calibration.group import Group
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.placement import weight_of
 from aquakv.models.rotary import RotaryTables, rotate, unrotate
@@ -76,6 +77,11 @@ class QueryMoments:
             grouped = vectors.unflatten(1, (heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
             self.sums += torch.bmm(grouped.transpose(1, 2), grouped).double()
             self.count += grouped.shape[1]
+
+    def share(self, group: Group) -> None:
+        """Add what the other processes of a group have summed."""
+        self.sums = group.add(self.sums)
+        self.count = int(group.add_numbers(self.count)[0])
 
 
 def key_weight(adapter: ModelAdapter, layer_idx: int, moments: QueryMoments, seq_len: int) -> Tensor:

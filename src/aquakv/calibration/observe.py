@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aquakv.calibration.group import Group
 from aquakv.calibration.metrics import Metric, QueryMoments, key_weight, value_weight
-from aquakv.calibration.walk import Batches, LayerWalk
+from aquakv.calibration.walk import Batches, LayerWalk, lay
 from aquakv.models.adapter import ModelAdapter
 
 
@@ -51,6 +53,24 @@ class LayerObservation:
         return {"keys": Metric.of(self.key_weight, floor), "values": Metric.of(self.value_weight, floor)}
 
 
+class Waiting(NamedTuple):
+    """Where batches wait until they are needed.
+
+    Attributes
+    ----------
+    hidden
+        The device of all sequences' hidden states.
+    vectors
+        That of a layer's keys, values and reconstructions.
+    name
+        What this is called as ``offload`` of `calibrate_many`.
+    """
+
+    hidden: torch.device
+    vectors: torch.device
+    name: str = "none"
+
+
 @dataclass
 class Observer:
     """Walk a model and observe its compressed layers.
@@ -69,25 +89,45 @@ class Observer:
         Whether to observe what attention feels of errors.
     on_layer
         Called with every layer's index before its first batch.
+    group
+        The processes whose text counts together.
     """
 
     adapter: ModelAdapter
     batch_size: int
-    waiting: torch.device
+    waiting: Waiting
     on_batch: Callable[[], None]
     weights: bool
     on_layer: Callable[[int], None] = lambda layer: None
+    group: Group = field(default_factory=Group)
 
     def walk(self, tokens: Tensor) -> Iterator[LayerObservation]:
         """Yield an observation of every compressed layer, in order, for tokens ``[sequences, seq_len]``."""
-        walk = LayerWalk(self.adapter, tokens, self.batch_size, self.waiting)
-        for layer_idx in range(self.adapter.compressed_layers[-1] + 1):
-            self.on_layer(layer_idx)
-            observation = self._observe(walk, layer_idx)
+        walk = LayerWalk(self.adapter, tokens, self.batch_size, self.waiting.hidden)
+        for _, observation in self.steps(walk, self.adapter.compressed_layers[-1] + 1):
             if observation is not None:
                 yield observation
 
-    def _observe(self, walk: LayerWalk, layer_idx: int) -> LayerObservation | None:
+    def steps(
+        self, walk: LayerWalk, end: int, start: int = 0, weights: bool | None = None
+    ) -> Iterator[tuple[int, LayerObservation | None]]:
+        """Walk layers ``start`` to ``end`` - 1, each with its weights at hand while it is yielded.
+
+        Yields its index and, of compressed layers, what is observed; ``weights`` in place of the attribute.
+        """
+        weights = self.weights if weights is None else weights
+        for layer_idx in range(start, end):
+            self.on_layer(layer_idx)
+            with self.adapter.weights.holding(layer_idx, then=layer_idx + 1 if layer_idx + 1 < end else None):
+                if (
+                    self.adapter.weights.identities is not None
+                    and layer_idx in self.adapter.compressed_layers
+                ):
+                    self.adapter.layer_identity(layer_idx)  # while it is here
+                # No name for the observation here: it would keep one layer's keys and values too long.
+                yield layer_idx, self._observe(walk, layer_idx, weights)
+
+    def _observe(self, walk: LayerWalk, layer_idx: int, weights: bool) -> LayerObservation | None:
         adapter = self.adapter
         if layer_idx not in adapter.compressed_layers:
             for _ in walk.advance(layer_idx, self.on_batch):
@@ -98,12 +138,15 @@ class Observer:
         tables = adapter.rotary_tables(torch.arange(walk.seq_len), layer_idx, walk.dtype, device)
         keys: Batches = []
         values: Batches = []
-        on_queries = partial(moments.add, tables=tables) if self.weights else None
+        on_queries = partial(moments.add, tables=tables) if weights else None
         for key_batch, value_batch in walk.advance(layer_idx, self.on_batch, on_queries):
-            keys.append(key_batch.to(self.waiting))
-            values.append(value_batch.to(self.waiting))
-        if not self.weights:
+            keys.append(lay(key_batch, self.waiting.vectors))
+            values.append(lay(value_batch, self.waiting.vectors))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # whoever reads them on the CPU finds them there
+        if not weights:
             return LayerObservation(layer_idx, keys, values)
-        weights = key_weight(adapter, layer_idx, moments, walk.seq_len), value_weight(adapter, layer_idx)
+        moments.share(self.group)
+        felt = key_weight(adapter, layer_idx, moments, walk.seq_len), value_weight(adapter, layer_idx)
         # What is fitted to them is fitted in one place.
-        return LayerObservation(layer_idx, keys, values, *(weight.to(adapter.device) for weight in weights))
+        return LayerObservation(layer_idx, keys, values, *(weight.to(adapter.device) for weight in felt))

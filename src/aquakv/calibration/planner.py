@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from aquakv.calibration.fit import CodecFit, Split
+from aquakv.calibration.fit import CodecFit
 from aquakv.calibration.observe import LayerObservation
 from aquakv.calibration.plan import Plan
-from aquakv.calibration.sensitivity import measure_harm
+from aquakv.calibration.progress import Phase, Ticker
+from aquakv.calibration.sensitivity import HarmWalk
+from aquakv.calibration.sweep import Split
 from aquakv.config import CodecConfig
 from aquakv.models.adapter import ModelAdapter
 
@@ -19,8 +22,8 @@ TRIALS = 2
 
 #: Text that errors are sent through: tokens of each sequence, and one sequence more for every so many tokens.
 PROBE_TOKENS = 512
-_TOKENS_PER_PROBE = 32768
-_MOST_PROBES = 2
+TOKENS_PER_PROBE = 32768
+MOST_PROBES = 2
 
 Harm = list[dict[str, float]]
 
@@ -35,57 +38,110 @@ class Planner:
         The model.
     tokens
         ``[sequences, seq_len]`` int64: all of the calibration text, the observed sequences first.
-    observations
-        Of every compressed layer.
+    configs
+        What to plan, by name.
+    batches
+        Observed batches that trial fits see, from the first on.
     held_out
-        How many of the observed sequences are not fitted.
-    on_batch
-        Called after every batch of every sweep.
-    on_layer
-        Called with every layer's index before its first batch.
+        How many of these batches' sequences are not fitted.
+    batch_sizes
+        Sequences of each observed batch.
+    ticker
+        Told of every batch of every sweep.
+    observations
+        Of every compressed layer, all observed batches; see `observe`.
     """
 
     adapter: ModelAdapter
     tokens: Tensor
-    observations: Sequence[LayerObservation]
+    configs: Mapping[str, CodecConfig]
+    batches: int
     held_out: int
-    on_batch: Callable[[], None]
-    on_layer: Callable[[int], None] = lambda layer: None
+    batch_sizes: Sequence[int]
+    ticker: Ticker | None = None
+    observations: list[LayerObservation] = field(default_factory=list)
+    _measured: tuple[CodecFit, HarmWalk] | None = None
 
-    def plan(self, configs: Mapping[str, CodecConfig]) -> tuple[dict[str, Plan], Harm | None]:
-        """Return each configuration's plan, and the measured harm of errors if one of them asks for it.
+    @property
+    def layers(self) -> int:
+        """Decoder layers that `observe` wants to see."""
+        if self._measuring() is None:
+            return self.adapter.compressed_layers[-1] + 1
+        return len(self.adapter.layers)
 
-        The errors are those of the first configuration that asks: what they do depends little on how they
-        came about.
+    def observe(self, steps: Iterable[tuple[int, LayerObservation | None]]) -> None:
+        """Take in layers, each with its weights at hand, and send a first fit's errors through them.
+
+        The errors are those of the first configuration that asks for their harm: what they do depends little
+        on how they came about.
         """
+        config = self._measuring()
+        if config is not None:
+            count = min(MOST_PROBES, 1 + self.tokens.numel() // TOKENS_PER_PROBE)
+            probe_tokens = self.tokens[:count, :PROBE_TOKENS]
+            probe = (len(probe_tokens), probe_tokens.shape[1] - config.window.sink_tokens)
+            self._measured = self._fit(config, Plan(), probe), HarmWalk(self.adapter, probe_tokens)
+        for layer_idx, observation in steps:
+            if observation is not None:
+                self.observations.append(observation)
+            if self._measured is None:
+                continue
+            trial, walk = self._measured
+            if observation is not None:
+                with self._phase("plan: fit"):
+                    fit_observation(trial, observation.head(self.batches), None)
+            with self._phase("plan: harm"):
+                walk.advance(layer_idx, None if observation is None else trial.probe_errors.pop())
+
+    def plan(self) -> tuple[dict[str, Plan], Harm | None]:
+        """Return each configuration's plan, and the measured harm of errors if one of them asks for it."""
         harm: Harm | None = None
         plans: dict[str, Plan] = {}
-        sequences = min(_MOST_PROBES, 1 + self.tokens.numel() // _TOKENS_PER_PROBE)
-        probe_tokens = self.tokens[:sequences, :PROBE_TOKENS]
-        # Those that measure go first: what they find serves all.
-        for name in sorted(configs, key=lambda name: not measures(configs[name])):
-            config = configs[name]
-            wants_harm = measures(config) and harm is None
-            sinks = config.window.sink_tokens
-            probe = (len(probe_tokens), probe_tokens.shape[1] - sinks) if wants_harm else (0, 0)
-            trial = self._trial(config, Plan(), None, probe)
-            if wants_harm:
-                harm = measure_harm(self.adapter, probe_tokens, trial.probe_errors)
+        first = None
+        if self._measured is not None:
+            first, walk = self._measured
+            with self._phase("plan: harm"):
+                harm = walk.finish()
+            self._measured = None
+        for name, config in self._in_order():
+            trial = self._trial(config, Plan(), None) if first is None else first
+            first = None
             trial.weigh(None if harm is None else [importance(config, layer) for layer in harm])
             plan = trial.next_plan()
             for _ in range(TRIALS - 1):
-                plan = self._trial(config, plan, harm, (0, 0)).next_plan()
+                plan = self._trial(config, plan, harm).next_plan()
             plans[name] = plan
         return plans, harm
 
-    def _trial(self, config: CodecConfig, plan: Plan, harm: Harm | None, probe: tuple[int, int]) -> CodecFit:
-        split = Split.of(self.observations[0].batch_sizes, self.held_out)
-        fingerprint, device = self.adapter.fingerprint(), self.adapter.device
-        fit = CodecFit(config, fingerprint, split, device, self.on_batch, plan, probe)
-        for order, observation in enumerate(self.observations):
-            self.on_layer(observation.layer)
-            fit_observation(fit, observation, None if harm is None else harm[order])
+    def _in_order(self) -> list[tuple[str, CodecConfig]]:
+        """Return the configurations, those that measure first: what they find serves all."""
+        return sorted(self.configs.items(), key=lambda item: not measures(item[1]))
+
+    def _measuring(self) -> CodecConfig | None:
+        """Return the configuration whose errors are measured, or None."""
+        ordered = self._in_order()
+        if not ordered or not measures(ordered[0][1]) or not HarmWalk.can_measure(self.adapter):
+            return None
+        return ordered[0][1]
+
+    def _trial(self, config: CodecConfig, plan: Plan, harm: Harm | None) -> CodecFit:
+        fit = self._fit(config, plan, (0, 0))
+        with self._phase("plan: fit"):
+            for order, observation in enumerate(self.observations):
+                if self.ticker is not None:
+                    self.ticker.reach(observation.layer)
+                part = observation.head(self.batches)
+                fit_observation(fit, part, None if harm is None else harm[order])
         return fit
+
+    def _phase(self, phase: Phase) -> AbstractContextManager[None]:
+        return nullcontext() if self.ticker is None else self.ticker.phase(phase)
+
+    def _fit(self, config: CodecConfig, plan: Plan, probe: tuple[int, int]) -> CodecFit:
+        split = Split.of(self.batch_sizes[: self.batches], self.held_out)
+        shape = self.adapter.fingerprint(identities=False)
+        on_batch = (lambda: None) if self.ticker is None else self.ticker
+        return CodecFit(config, shape, split, self.adapter.device, on_batch, plan, probe)
 
 
 def measures(config: CodecConfig) -> bool:

@@ -17,12 +17,13 @@ from torch import Tensor
 from aquakv.calibration.walk import LayerWalk
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.rotary import rotate
-
-#: Sequences that go through a layer together.
-_ROWS = 16
+from aquakv.models.versions import cache_argument
 
 #: Tokens whose predictions are compared at a time.
 _LOGIT_TOKENS = 64
+
+#: Sequences that go through a layer together.
+_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,84 @@ class _Disturbed:
         return key_states, value_states + self.error.to(value_states)
 
 
+class HarmWalk:
+    """Sends a codec's errors through a model, each from the layer where it arises, side by side.
+
+    Parameters
+    ----------
+    adapter
+        The model; see `can_measure`.
+    tokens
+        ``[sequences, seq_len]`` int64. Tokens of the first half get errors; the divergence from the exact run
+        is measured on the second half.
+    """
+
+    def __init__(self, adapter: ModelAdapter, tokens: Tensor) -> None:
+        self.adapter = adapter
+        self.sequences, self.seq_len = tokens.shape
+        self._walk = LayerWalk(adapter, tokens, self.sequences, adapter.device)
+        self._exact = self._walk.hidden[0]
+        self._variants = self._exact[:0]
+        self._powers: list[dict[str, float]] = []
+
+    @staticmethod
+    def can_measure(adapter: ModelAdapter) -> bool:
+        """Tell whether the model's head is found."""
+        return (
+            getattr(adapter.decoder, "norm", None) is not None
+            and adapter.model.get_output_embeddings() is not None
+        )
+
+    def advance(self, layer_idx: int, errors: ProbeErrors | None) -> None:
+        """Run the next layer, whose weights are at hand; ``errors`` of keys and values there, if any."""
+        layer: Any = self.adapter.layers[layer_idx]
+        arguments, device = self._walk.arguments[layer_idx], self.adapter.layer_device(layer_idx)
+
+        def run(hidden: Tensor, **further: Any) -> Tensor:
+            with self.adapter.layer(layer_idx):
+                output = layer(hidden.to(device), **arguments, **further)
+            return output[0] if isinstance(output, tuple) else output
+
+        parts = [run(part) for part in self._variants.split(_ROWS) if len(part)]
+        if errors is not None:
+            name = cache_argument(layer)
+            for kind, error in errors.errors.items():
+                placed = _place(self.adapter, layer_idx, kind, error, self.seq_len)
+                parts.append(run(self._exact, **{name: _Disturbed(kind, placed)}, use_cache=True))
+            self._powers.append(errors.relative_power)
+        self._exact = run(self._exact)
+        self._variants = torch.cat([self._exact[:0], *parts])
+
+    def finish(self) -> list[dict[str, float]]:
+        """Return what `measure_harm` does, after the last layer."""
+        with self.adapter.weights.holding("output"):
+            divergences = self._divergences()
+        powers = [power for layer in self._powers for power in layer.values()]
+        harm = divergences.clamp(min=0) / torch.tensor(powers, dtype=torch.float64).clamp(min=1e-30)
+        harm = harm.clamp(min=max(1e-3 * float(harm.max()), 1e-300))
+        values = iter((harm / harm.log().mean().exp()).tolist())
+        return [{kind: next(values) for kind in layer} for layer in self._powers]
+
+    def _divergences(self) -> Tensor:
+        """Return each variant's mean divergence from the exact run."""
+        norm: Any = self.adapter.decoder.norm
+        head: Any = self.adapter.model.get_output_embeddings()
+
+        def logits(hidden: Tensor) -> Tensor:
+            with self.adapter.part(norm):
+                hidden = norm(hidden[:, self.seq_len // 2 :])
+            with self.adapter.part(head):
+                return head(hidden)
+
+        found = torch.zeros(len(self._variants) // self.sequences, dtype=torch.float64)
+        for row in range(self.sequences):
+            p = logits(self._exact[row : row + 1])
+            for number in range(len(found)):
+                variant = number * self.sequences + row
+                found[number] += _divergence(p, logits(self._variants[variant : variant + 1]))
+        return found
+
+
 def measure_harm(
     adapter: ModelAdapter, tokens: Tensor, errors: Sequence[ProbeErrors]
 ) -> list[dict[str, float]] | None:
@@ -63,11 +142,8 @@ def measure_harm(
 
     Parameters
     ----------
-    adapter
-        The model.
-    tokens
-        ``[sequences, seq_len]`` int64. Tokens of the first half get errors; the divergence from the exact run
-        is measured on the second half.
+    adapter, tokens
+        As for `HarmWalk`.
     errors
         For every compressed layer.
 
@@ -77,48 +153,14 @@ def measure_harm(
         Divergence per relative power, scaled to a geometric mean of 1. Figures below a thousandth of the
         largest count as that much. None if the model's head is not found.
     """
-    norm = getattr(adapter.decoder, "norm", None)
-    head = adapter.model.get_output_embeddings()
-    if norm is None or head is None:
+    if not HarmWalk.can_measure(adapter):
         return None
-    sequences, seq_len = tokens.shape
-    walk = LayerWalk(adapter, tokens, sequences, adapter.device)
-    exact = walk.hidden[0]
-    variants = exact[:0]
-    for layer_idx, layer in enumerate(adapter.layers):
-        arguments, device = walk.arguments[layer_idx], adapter.layer_device(layer_idx)
-
-        def run(hidden: Tensor, layer: Any = layer, **further: Any) -> Tensor:
-            with adapter.layer(layer_idx):  # noqa: B023 - called in this round only
-                output = layer(hidden.to(device), **arguments, **further)  # noqa: B023
-            return output[0] if isinstance(output, tuple) else output
-
-        parts = [run(part) for part in variants.split(_ROWS) if len(part)]
-        if layer_idx in adapter.compressed_layers:
-            found = errors[adapter.compressed_layers.index(layer_idx)]
-            for kind, error in found.errors.items():
-                placed = _place(adapter, layer_idx, kind, error, seq_len)
-                parts.append(run(exact, past_key_values=_Disturbed(kind, placed), use_cache=True))
-        exact = run(exact)
-        variants = torch.cat([exact[:0], *parts])
-
-    def logits(hidden: Tensor) -> Tensor:
-        with adapter.part(norm):
-            hidden = norm(hidden[:, seq_len // 2 :])
-        with adapter.part(head):
-            return head(hidden)
-
-    divergences = torch.zeros(len(variants) // sequences, dtype=torch.float64)
-    for row in range(sequences):
-        p = logits(exact[row : row + 1])
-        for number in range(len(divergences)):
-            variant = number * sequences + row
-            divergences[number] += _divergence(p, logits(variants[variant : variant + 1]))
-    powers = [layer.relative_power[kind] for layer in errors for kind in layer.errors]
-    harm = divergences.clamp(min=0) / torch.tensor(powers, dtype=torch.float64).clamp(min=1e-30)
-    harm = harm.clamp(min=max(1e-3 * float(harm.max()), 1e-300))
-    values = iter((harm / harm.log().mean().exp()).tolist())
-    return [{kind: next(values) for kind in layer.errors} for layer in errors]
+    walk = HarmWalk(adapter, tokens)
+    found = dict(zip(adapter.compressed_layers, errors, strict=True))
+    for layer_idx in range(len(adapter.layers)):
+        with adapter.weights.holding(layer_idx, then=layer_idx + 1):
+            walk.advance(layer_idx, found.get(layer_idx))
+    return walk.finish()
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:
@@ -127,11 +169,11 @@ def _divergence(p: Tensor, q: Tensor) -> float:
     In float64: sums of probabilities that are 1 up to float32's rounding would count as 1e-7, which hides
     what the small errors of many bits do.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=p.device)
     for ours, theirs in zip(p[0].split(_LOGIT_TOKENS), q[0].split(_LOGIT_TOKENS), strict=True):
         exact, disturbed = (part.double().log_softmax(-1) for part in (ours, theirs))
-        total += float(torch.sub(exact, disturbed).mul_(exact.exp()).sum())
-    return total / p.shape[1]
+        total += torch.sub(exact, disturbed).mul_(exact.exp()).sum()
+    return float(total) / p.shape[1]
 
 
 def relative_power(errors: Tensor, vectors: Tensor, metric: Tensor) -> float:

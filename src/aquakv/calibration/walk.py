@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,19 @@ from aquakv.models.versions import CACHE_ARGUMENTS, cache_argument
 
 Batches = list[Tensor]
 QueryObserver = Callable[[Tensor], None]
+
+
+def lay(tensor: Tensor, device: torch.device, place: Tensor | None = None) -> Tensor:
+    """Return a tensor as it waits on a device; from a GPU to the CPU in pinned memory, without waiting.
+
+    Only work on the GPU's current stream may read what was copied so, until that has been synchronised.
+    ``place`` is memory for it, if there is some.
+    """
+    if tensor.device.type != "cuda" or device.type != "cpu":
+        return tensor.to(device)
+    if place is None or not place.is_pinned() or place.shape != tensor.shape:
+        place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return place.copy_(tensor, non_blocking=True)
 
 
 class _Capture:
@@ -64,8 +77,9 @@ class LayerWalk:
         self.device = device
         self.dtype: torch.dtype = adapter.model.dtype
         self.sequences, self.seq_len = tokens.shape
-        self.arguments = self._layer_arguments(tokens[:1])
-        self.hidden = [self._embed(batch).to(device) for batch in tokens.split(batch_size)]
+        with adapter.weights.holding("input", then=0):
+            self.arguments = self._layer_arguments(tokens[:1])
+            self.hidden = [lay(self._embed(batch), device) for batch in tokens.split(batch_size)]
 
     def _layer_arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
         """Return the keyword arguments that every layer gets; they hold for any batch of such sequences."""
@@ -80,9 +94,17 @@ class LayerWalk:
             dropped = ("hidden_states", "use_cache", *CACHE_ARGUMENTS)
             arguments.append({k: v for k, v in kwargs.items() if k not in dropped})
 
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _StopForwardError  # what comes after the layers may have no weights yet
+
         handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.adapter.layers]
+        handles.append(self.adapter.layers[-1].register_forward_pre_hook(stop, with_kwargs=True))
         try:
-            with self.adapter.part(self.adapter.decoder), _skipped(self.adapter.layers):
+            with (
+                self.adapter.part(self.adapter.decoder),
+                _skipped(self.adapter.layers),
+                suppress(_StopForwardError),
+            ):
                 self.adapter.decoder(input_ids=tokens.to(self.adapter.device), use_cache=False)
         finally:
             for handle in handles:
@@ -110,7 +132,7 @@ class LayerWalk:
     def advance(
         self, layer_idx: int, on_batch: Callable[[], None], on_queries: QueryObserver | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run one layer over all sequences.
+        """Run one layer, whose weights are at hand, over all sequences.
 
         ``on_queries`` receives every batch's queries after rotary embedding, ``[sequences,
         num_attention_heads, seq_len, head_dim]``.
@@ -125,14 +147,16 @@ class LayerWalk:
         for index, hidden in enumerate(self.hidden):
             capture = _Capture(stop=is_last and on_queries is None)
             cache = {cache_argument(layer): capture}
-            hidden = hidden.to(self.adapter.layer_device(layer_idx))
+            hidden = hidden.to(self.adapter.layer_device(layer_idx), non_blocking=True)
             try:
                 with (
                     self.adapter.layer(layer_idx),
                     observed_queries(self.adapter, layer_idx, on_queries),
                 ):
                     output = layer(hidden, **self.arguments[layer_idx], **cache, use_cache=True)
-                self.hidden[index] = (output[0] if isinstance(output, tuple) else output).to(self.device)
+                output = output[0] if isinstance(output, tuple) else output
+                self.hidden[index] = lay(output, self.device, self.hidden[index])
+                del output
             except _StopForwardError:
                 pass
             on_batch()

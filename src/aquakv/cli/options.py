@@ -29,6 +29,10 @@ from aquakv.models.loading import DEMO, LoadedModel, load_model
 messages = Console(stderr=True)
 
 
+#: Models that take more than this part of the free memory are read layer by layer.
+STREAM_FROM = 0.5
+
+
 class Dtype(StrEnum):
     """Dtypes that a model can be loaded in."""
 
@@ -51,6 +55,14 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype to load the model in.")]
 SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of each sequence.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")]
+Offload = Annotated[
+    str,
+    typer.Option(
+        "--offload",
+        help="What waits in host memory between layers: none, hidden (hidden states), all (keys and values "
+        "too), or auto: as little as the device has room for.",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 DATA_HELP = (
@@ -113,6 +125,8 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[_Counter], None]]:
         def report(state: _Counter) -> None:
             layer, layers = getattr(state, "layer", None), getattr(state, "num_layers", None)
             where = "" if layer is None else f", layer {layer + 1}/{layers}"
+            if phase := getattr(state, "phase", None):
+                where += f", {phase}, {getattr(state, 'tokens_per_second', 0.0):,.0f} tokens/s"
             progress.update(task, description=label + where, completed=state.done, total=state.total)
 
         yield report

@@ -139,13 +139,7 @@ class ModelCodec:
         """Return what a file of this codec holds: entries of its header, and tensors by name."""
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            for kind in KINDS:
-                for name, tensor in _tensors_of(getattr(layer, kind)).items():
-                    tensors[f"layers.{index}.{kind}.{name}"] = tensor
-        quantizer = self.layers[0].keys.quantizer
-        if isinstance(quantizer, EntropyQuantizer):
-            tensors["entropy.frequencies"] = quantizer.model.frequencies
-            tensors["entropy.points"] = quantizer.model.points
+            tensors.update(layer_tensors(layer, index))
         fingerprint = to_dict(self.fingerprint)
         if not self.fingerprint.layer_samples:  # as files of version 4 have it
             del fingerprint["layer_samples"]
@@ -234,6 +228,20 @@ def predictor_widths(config: CodecConfig, features: int, layer: int) -> dict[Kin
         "keys": features * len(predictor.key_inputs) * reach,
         "values": features * (own + earlier * reach),
     }
+
+
+def layer_tensors(layer: LayerCodec, index: int) -> dict[str, Tensor]:
+    """Return what a file holds of the codec of compressed layer ``index``, and of what all layers share."""
+    tensors = {
+        f"layers.{index}.{kind}.{name}": tensor
+        for kind in KINDS
+        for name, tensor in _tensors_of(getattr(layer, kind)).items()
+    }
+    quantizer = layer.keys.quantizer
+    if isinstance(quantizer, EntropyQuantizer):
+        tensors["entropy.frequencies"] = quantizer.model.frequencies
+        tensors["entropy.points"] = quantizer.model.points
+    return tensors
 
 
 def build_published_codec(

@@ -48,6 +48,22 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32,
         "head_dim": 128,
     },
+    "llama-3.1-70b": {
+        **_LLAMA_3,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "head_dim": 128,
+    },
+    "llama-3.1-405b": {
+        **_LLAMA_3,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "head_dim": 128,
+    },
     "llama-3.2-1b": {
         **_LLAMA_3,
         "hidden_size": 2048,
@@ -57,6 +73,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 64,
     },
 }
+
+
+def shape_config(shape: str, layers: int | None = None, **changes: Any) -> LlamaConfig:
+    """Return the configuration of a shape; the arguments are those of `random_model`."""
+    if shape not in SHAPES:
+        raise ConfigError(f"unknown shape {shape!r}; expected one of: {', '.join(SHAPES)}")
+    settings = {**SHAPES[shape], **changes}
+    if layers is not None:
+        settings["num_hidden_layers"] = layers
+    return LlamaConfig(**settings, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
 def random_model(
@@ -85,12 +111,7 @@ def random_model(
     ConfigError
         There is no such shape.
     """
-    if shape not in SHAPES:
-        raise ConfigError(f"unknown shape {shape!r}; expected one of: {', '.join(SHAPES)}")
-    settings = {**SHAPES[shape], "vocab_size": VOCABULARY, **changes}
-    if layers is not None:
-        settings["num_hidden_layers"] = layers
-    config = LlamaConfig(**settings, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = shape_config(shape, layers, **{"vocab_size": VOCABULARY, **changes})
     device = torch.device(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from aquakv.models.placement import callable_alone, execution_device, weight_of
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
+from aquakv.models.weights import ALWAYS_THERE, LayerWeights, find_decoder
 
 #: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
 #: cannot be undone with another.
@@ -53,6 +55,8 @@ class ModelAdapter:
         How keys are rotated there.
     unrotated
         Those of them that do not rotate keys.
+    weights
+        Where its weights are.
     """
 
     model: PreTrainedModel
@@ -64,6 +68,7 @@ class ModelAdapter:
     head_dim: int
     layout: RotaryLayout = LAYOUTS[0]
     unrotated: frozenset[int] = frozenset()
+    weights: LayerWeights = ALWAYS_THERE
 
     @property
     def name(self) -> str:
@@ -85,18 +90,29 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
+        if self.weights.device is not None:
+            return self.weights.device
         return execution_device(self.model, self.model.get_input_embeddings()) or self.layer_device(0)
 
     def attention(self, layer_idx: int) -> AbstractContextManager[Any]:
-        """Have a layer's attention module ready to be called by itself, with inputs on `layer_device`."""
+        """Have a layer's attention module ready to be called by itself, with inputs on `layer_device`.
+
+        Hooks on the model are seen to, not `weights`.
+        """
         return callable_alone(self.model, f"{self.layer_name(layer_idx)}.self_attn")
 
+    @contextmanager
+    def _probed_attention(self, layer_idx: int) -> Iterator[nn.Module]:
+        """Have an attention module that can be called to see what it does, though not with what weights."""
+        with self.attention(layer_idx) as module, self.weights.probed(layer_idx, module):
+            yield module
+
     def layer(self, layer_idx: int) -> AbstractContextManager[nn.Module]:
-        """Have a decoder layer ready to be called by itself, with hidden states on `layer_device`."""
+        """Have a decoder layer ready to be called by itself, likewise with hidden states."""
         return callable_alone(self.model, self.layer_name(layer_idx))
 
     def part(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Have any other module of the model ready to be called by itself."""
+        """Have any other module of the model ready to be called by itself, likewise."""
         return callable_alone(self.model, _name_of(self.model, module))
 
     @cached_property
@@ -109,6 +125,8 @@ class ModelAdapter:
 
     def layer_device(self, layer_idx: int) -> torch.device:
         """Return where a layer's keys and values are made."""
+        if self.weights.device is not None:
+            return self.weights.device
         device = execution_device(self.model, self.layers[layer_idx].get_submodule("self_attn"))
         assert device is not None  # `adapt` has seen to it
         return device
@@ -204,10 +222,25 @@ class ModelAdapter:
         """Return fresh transformers cache layers, one for every decoder layer."""
         return fresh_layers(self.config)
 
-    def fingerprint(self) -> ModelFingerprint:
-        """Return what ties a codec to this model."""
+    def layer_identity(self, layer_idx: int) -> str:
+        """Return hash and sample of a layer's weights, with a space between.
+
+        Of weights that come and go it is noted when first asked for.
+        """
+        noted = self.weights.identities
+        if noted is not None and layer_idx in noted:
+            return noted[layer_idx]
+        with self.weights.holding(layer_idx):
+            found = " ".join(_identity(self.model, self.layer_name(layer_idx), layer_idx))
+        if noted is not None:
+            noted[layer_idx] = found
+        return found
+
+    def fingerprint(self, identities: bool = True) -> ModelFingerprint:
+        """Return what ties a codec to this model; without ``identities`` what can be told without weights."""
         rotary = getattr(self.config, "rope_parameters", None) or {}
-        found = [_identity(self.model, self.layer_name(i), i) for i in self.compressed_layers]
+        layers = self.compressed_layers if identities else ()
+        found = [self.layer_identity(index).split(" ") for index in layers]
         return ModelFingerprint(
             architecture=self.name,
             num_layers=len(self.layers),
@@ -220,8 +253,10 @@ class ModelAdapter:
         )
 
 
-def adapt(model: PreTrainedModel) -> ModelAdapter:
+def adapt(model: PreTrainedModel, weights: LayerWeights = ALWAYS_THERE) -> ModelAdapter:
     """Look a model over and return its adapter.
+
+    ``weights`` tells where its weights are.
 
     Raises
     ------
@@ -246,9 +281,7 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
             raise refuse("it has layers of linear attention or state spaces, which keep no keys and values")
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise refuse(f"it needs a cache layer of type {type(layer).__name__}")
-    decoder = model.get_decoder()
-    if decoder is model:  # what transformers returns where it finds none
-        decoder = getattr(model, "model", model)
+    decoder = find_decoder(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise refuse("expected a stack of decoder layers, each with a self_attn module")
@@ -262,7 +295,7 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
         raise refuse("expected rotary position embedding in a module named rotary_emb")
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     homes = [execution_device(model, layer.get_submodule("self_attn")) for layer in layers]
-    if None in homes:
+    if None in homes and weights.device is None:
         raise refuse(
             f"the weights of layer {homes.index(None)} are on no device, and no hook of accelerate's loads "
             "them"
@@ -275,11 +308,11 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
         raise refuse(f"it has several rotary embeddings, and the frequencies of one ({changing[0]}) change")
     found = _found.get(model)
     if found is None:
-        unknown = ModelAdapter(model, decoder, config, rotary, compressed, 0, 0)
+        unknown = ModelAdapter(model, decoder, config, rotary, compressed, 0, 0, weights=weights)
         try:
             found = probe(
                 compressed,
-                unknown.attention,
+                unknown._probed_attention,
                 unknown.layer_device,
                 config.hidden_size,
                 unknown.rotary_embeddings,
@@ -297,6 +330,7 @@ def adapt(model: PreTrainedModel) -> ModelAdapter:
         found.head_dim,
         found.layout,
         found.unrotated,
+        weights,
     )
 
 

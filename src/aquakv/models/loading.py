@@ -80,10 +80,10 @@ def load_model(
     if dtype not in DTYPES:
         raise ModelError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}; choose one of them")
     place = resolve_device(device)
-    path = _resolve_model(model)
-    with _quiet():
-        config = _load_config(model, path)
-        tokenizer = _load_tokenizer(model, path)
+    path = resolve_model(model)
+    with quiet():
+        config = load_config(model, path)
+        tokenizer = load_tokenizer(model, path)
         loaded = _load_weights(model, path, config, dtype, attn_implementation)
         loaded = _place(model, loaded, place)
     loaded.eval()
@@ -111,8 +111,14 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
-def _resolve_model(model: str) -> str:
-    """Return what transformers takes for `model`: a checked directory, or a Hub id."""
+def resolve_model(model: str) -> str:
+    """Return what transformers takes for `model`: a checked directory, or a Hub id.
+
+    Raises
+    ------
+    ModelError
+        There is no such model.
+    """
     if not isinstance(model, str) or not model.strip():
         raise ModelError(f"expected a model ({_EXPECTED}), got {model!r}")
     if model == DEMO:
@@ -136,7 +142,8 @@ def _resolve_model(model: str) -> str:
     return model
 
 
-def _load_config(name: str, path: str) -> Any:
+def load_config(name: str, path: str) -> Any:
+    """Return the configuration of the model that `resolve_model` found; raises `ModelError` as that does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -154,7 +161,8 @@ def _load_config(name: str, path: str) -> Any:
     return config
 
 
-def _load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model that `resolve_model` found; raises `ModelError` as that does."""
     from transformers import AutoTokenizer
 
     try:
@@ -289,7 +297,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' bars, warnings and log lines, and put everything back afterwards.
 
     Download bars of the Hub stay: they go to stderr and are the only sign of life for minutes.

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aquakv.cli import options
+from aquakv.cli.commands import bench_calibrate
 from aquakv.codec import ModelCodec
 from aquakv.config import CodecConfig, preset
 from aquakv.data import token_sequences
@@ -35,6 +36,9 @@ Contexts = Annotated[
 ]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Sequences at once.")]
 Data = Annotated[str, typer.Option("--data", help=options.DATA_HELP)]
+
+
+app.command("calibrate")(bench_calibrate.calibrate)
 
 
 @app.callback()

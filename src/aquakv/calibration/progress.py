@@ -1,0 +1,135 @@
+"""How far a calibration is, and where its time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+#: What a calibration does: the planning sweep's parts first, then those of the sweep that counts.
+Phase = Literal["plan: observe", "plan: harm", "plan: fit", "replay", "observe", "fit", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class CalibrationProgress:
+    """How far a calibration is.
+
+    Attributes
+    ----------
+    done, total
+        Batches processed, over all layers and sweeps.
+    layer, num_layers
+        The decoder layer at hand, and how many there are.
+    phase
+        What is being done there.
+    tokens_per_second
+        Tokens that went through this phase in its last batch's time.
+    seconds, seconds_left
+        Time since the beginning, and the time that the rest will take if every phase goes on as it did.
+    """
+
+    done: int
+    total: int
+    layer: int
+    num_layers: int
+    phase: Phase = "observe"
+    tokens_per_second: float = 0.0
+    seconds: float = 0.0
+    seconds_left: float | None = None
+
+
+Report = Callable[[CalibrationProgress], None]
+
+
+@dataclass
+class Ticker:
+    """Counts batches by phase, and time.
+
+    Attributes
+    ----------
+    expected
+        Batches that each phase will have.
+    num_layers
+        Decoder layers.
+    batch_tokens
+        Tokens of a batch.
+    device
+        Whose work belongs to a phase's time.
+    report
+        Called after every batch.
+    seconds
+        Time of each phase so far. On a GPU work that is under way is awaited at every change of phase.
+    by_layer
+        The same by layer and phase.
+    """
+
+    expected: Mapping[Phase, int]
+    num_layers: int
+    batch_tokens: int
+    device: torch.device
+    report: Report | None = None
+    seconds: dict[Phase, float] = field(default_factory=dict)
+    by_layer: dict[tuple[int, Phase], float] = field(default_factory=dict)
+    _counts: dict[Phase, int] = field(default_factory=dict)
+    _phase: Phase = "observe"
+    _layer: int = 0
+
+    def __post_init__(self) -> None:
+        self._started = self._last = self._entered = time.perf_counter()
+
+    def reach(self, layer: int) -> None:
+        """Note that work on a layer begins."""
+        self._layer = layer
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Do a phase's work inside a ``with`` block; the phase around it waits."""
+        self._close()
+        around, self._phase = self._phase, phase
+        try:
+            yield
+        finally:
+            self._close()
+            self._phase = around
+
+    def __call__(self) -> None:
+        """Count a batch."""
+        self._counts[self._phase] = self._counts.get(self._phase, 0) + 1
+        now = time.perf_counter()
+        rate, self._last = self.batch_tokens / max(now - self._last, 1e-9), now
+        if self.report is not None:
+            done, total = sum(self._counts.values()), sum(self.expected.values())
+            elapsed = now - self._started
+            left = self._left(now)
+            self.report(
+                CalibrationProgress(
+                    done, total, self._layer, self.num_layers, self._phase, rate, elapsed, left
+                )
+            )
+
+    def _left(self, now: float) -> float | None:
+        """Return the seconds left; a phase that has not begun counts as dear as the others on average."""
+        spent = dict(self.seconds)
+        spent[self._phase] = spent.get(self._phase, 0.0) + now - self._entered
+        known = sum(self._counts.values())
+        if not known:
+            return None
+        mean = sum(spent.get(phase, 0.0) for phase in self._counts) / known
+        left = 0.0
+        for phase, count in self.expected.items():
+            have = self._counts.get(phase, 0)
+            left += max(0, count - have) * (spent.get(phase, 0.0) / have if have else mean)
+        return left
+
+    def _close(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        spent, self._entered = now - self._entered, now
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+        key = (self._layer, self._phase)
+        self.by_layer[key] = self.by_layer.get(key, 0.0) + spent

@@ -1,0 +1,163 @@
+"""What is said of a calibration before it begins."""
+
+import dataclasses
+import gc
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from aquakv import calibrate, preset
+from aquakv.calibration.forecast import OFFLOADS, choose_waiting, fits, forecast
+from aquakv.calibration.observe import Waiting
+from aquakv.calibration.workload import workload_of
+from aquakv.cli.main import main
+from aquakv.cli.progress_log import progress_log
+from aquakv.errors import ResourceError
+from aquakv.evaluation.bench import allocated
+from aquakv.evaluation.bench_calibrate import CalibrationBench, project, synthetic, write_synthetic
+from aquakv.evaluation.shapes import SHAPES, random_tokens
+from aquakv.models.adapter import adapt
+from aquakv.models.streaming import stream_directory
+from tiny_models import WINDOW, build, shared
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small_shape(monkeypatch):
+    """Add a shape that is quick, yet has more activations than its tokens are worth in bookkeeping."""
+    shape = {
+        **SHAPES["llama-3.2-1b"],
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    monkeypatch.setitem(SHAPES, "small", shape)
+    monkeypatch.setattr("aquakv.evaluation.bench_calibrate._VOCABULARY", 512)
+    return "small"
+
+
+def work_of(adapter, samples, seq_len, name="decode", batch_size=4, **more):
+    return workload_of(adapter, samples, seq_len, {"": preset(name)}, batch_size, **more)
+
+
+def test_operations_are_those_of_the_matrices():
+    adapter = adapt(shared("llama"))
+    work = work_of(adapter, 8, 64)
+    # Per layer and token: q, k, v, o of 32 x (64 + 32 + 32 + 64), and three matrices of 32 x 48.
+    assert work.layer_flop == 3 * 2 * (32 * 192 + 3 * 32 * 48)
+    experts = work_of(adapt(shared("qwen3-moe")), 8, 64)
+    # The router sees all three experts, of which all three are used: 32 x 24, three matrices each.
+    assert experts.layer_flop == 3 * 2 * (32 * 192 + 32 * 3 + 3 * 3 * 32 * 24)
+    found = forecast(work, Waiting(CPU, CPU))
+    assert found.flop["plan: observe"] == (work.layer_flop + 2 * 64 * 64 * 3) * 8 * 64
+    assert "observe" not in found.flop  # all text was observed to plan with
+    assert "plan: observe" not in forecast(work_of(adapter, 8, 64, "paper"), Waiting(CPU, CPU)).flop
+
+
+@pytest.mark.parametrize("name", ["paper", "decode"])
+def test_peak_memory_is_what_was_predicted(name, small_shape, monkeypatch):
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_OBSERVED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_NEEDED_BYTES", 1)
+    adapter = synthetic(small_shape, None, torch.float32, CPU)
+    tokens = random_tokens(adapter.model, 64, 128)
+    work = work_of(adapter, 64, 128, name)
+    calibrate(shared(), random_tokens(shared(), 8, 48), preset(name))  # tables are made on first use
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        calibrate(adapter, tokens, preset(name))
+    peak = max(level for _, level in allocated(profiler))
+    assert forecast(work, Waiting(CPU, CPU)).total("device") == pytest.approx(peak, rel=0.25)
+
+
+def test_what_does_not_fit_waits_on_the_host_or_is_refused(small_shape, monkeypatch):
+    adapter = synthetic(small_shape, None, torch.float32, CPU)
+    work = dataclasses.replace(work_of(adapter, 512, 256), device=torch.device("cuda"))
+    needs = {name: forecast(work, Waiting(CPU, CPU, name)).total("device") for name in OFFLOADS}
+    assert needs["none"] > needs["hidden"] > needs["all"]
+    for name, size in needs.items():
+        monkeypatch.setattr(
+            "aquakv.calibration.forecast.free_bytes", lambda _, size=size: (size * 1.1, 1 << 40)
+        )
+        assert choose_waiting(work, "auto").name == name
+    for free, says in (((needs["all"] * 0.9, 1 << 40), "of device memory"), ((1 << 40, 1 << 20), "of host")):
+        monkeypatch.setattr("aquakv.calibration.forecast.free_bytes", lambda _, free=free: free)
+        with pytest.raises(ResourceError, match=f"{says}.*--samples"):
+            choose_waiting(work, "auto")
+    monkeypatch.setattr("aquakv.calibration.forecast.free_bytes", lambda _: (needs["all"] * 1.1, 1 << 40))
+    with pytest.raises(ResourceError, match="--offload all"):
+        choose_waiting(work, "none")
+
+
+def test_host_memory_counts_on_a_cpu():
+    work = work_of(adapt(shared("llama")), 8, 64)
+    found = forecast(work, Waiting(CPU, CPU))
+    assert not fits(found, None, found.total("host"))
+    assert fits(found, None, 2 * found.total("host"))
+
+
+def test_a_part_of_the_model_tells_the_time_of_the_whole():
+    layers = {(0, "observe"): 5.0, (1, "observe"): 2.0, (2, "observe"): 4.0, (0, "plan: harm"): 6.0}
+    found = project({"phases": {"observe": 11.0, "plan: harm": 6.0}, "layers": layers}, 18.0, 3, 12)
+    assert found == {"observe": 5 + 11 * 3.0, "plan: harm": 6 * 12 * 13 / (3 * 4), "rest": 1.0}
+
+
+def test_benchmark_from_disk_and_on_the_fly(small_shape, tmp_path):
+    write_synthetic(small_shape, 3, torch.bfloat16, CPU, tmp_path / "model")
+    stamp = (tmp_path / "model" / "model.safetensors.index.json").stat().st_mtime_ns
+    write_synthetic(small_shape, 3, torch.bfloat16, CPU, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors.index.json").stat().st_mtime_ns == stamp
+    from transformers import AutoConfig
+
+    read = stream_directory(tmp_path / "model", AutoConfig.from_pretrained(tmp_path / "model"), "auto", CPU)
+    made = synthetic(small_shape, 3, torch.bfloat16, CPU)
+    tokens = random_tokens(read.model, 6, 128)
+    config = preset("decode")
+    rows = [
+        CalibrationBench("it", small_shape, adapter, tokens, config, 2, "auto", 5).run()
+        for adapter in (read, made)
+    ]
+    assert read.fingerprint() == made.fingerprint()
+    for found in rows:
+        total = found[-1]
+        phases = {row["phase"]: row["seconds"] for row in found if not row["phase"].startswith("layer ")}
+        assert sum(phases.values()) - phases["total"] == pytest.approx(phases["total"], rel=1e-6)
+        assert total["projected_total_seconds"] > total["seconds"]
+        assert total["peak_host_bytes"] > 0
+
+
+def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    build().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as done:
+        main(["calibrate", str(tmp_path / "model"), "--dry-run", "--seq-len", "64", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert done.value.code == 0
+    for text in ("weights", "hidden states", "fit", "in all", "loaded as a whole"):
+        assert text in said
+    with pytest.raises(SystemExit) as done:
+        main(["calibrate", str(tmp_path / "model"), "--dry-run", "--samples", "100000000", "--seq-len", "64"])
+    assert done.value.code == 2
+    said = capsys.readouterr()
+    assert "hidden states" in said.out
+    assert "--samples" in said.err
+    with pytest.raises(SystemExit) as done:
+        main(["calibrate", str(tmp_path / "model"), "--seq-len", "64"])
+    assert done.value.code == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_log_has_a_line_for_every_layer_and_phase(tmp_path):
+    config = dataclasses.replace(preset("decode"), window=WINDOW)
+    with progress_log(tmp_path / "log") as report:
+        calibrate(shared(), random_tokens(shared(), 8, 48), config, batch_size=2, progress=report)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {(line["phase"], line["layer"]) for line in lines} == {
+        (phase, layer) for phase in ("plan: observe", "plan: fit", "fit") for layer in range(3)
+    }
+    assert sum(line["batches"] for line in lines) == lines[-1]["done"] == lines[-1]["total"]
+    assert lines[-1]["seconds_left"] == 0
+    assert all(line["tokens_per_second"] > 0 for line in lines)
