@@ -314,22 +314,6 @@ def calibration() -> str:
     return "\n".join(lines)
 
 
-def calibration_cpu() -> str:
-    content, all_rows = rows("calibrate-cpu")
-    lines = ["| demo model | seconds | memory of the process at most |", "| --- | --- | --- |"]
-    totals = [row for row in all_rows if row["phase"] == "total"]
-    for row in totals:
-        name = row["contestant"].removeprefix("demo ")
-        lines.append(f"| {name} | {row['seconds']:.0f} | {row['peak_host_bytes'] / 2**20:,.0f} MiB |")
-    one = totals[0]
-    lines += [
-        "",
-        f"Preset `{one['preset']}`, {one['sequences']} × {one['seq_len']} tokens, {one['dtype']}; "
-        f"{content['device']}.",
-    ]
-    return "\n".join(lines)
-
-
 def calibration_precision() -> str:
     _, all_rows = rows("calibration-precision-demo")
     lines = [
@@ -351,7 +335,6 @@ def calibration_precision() -> str:
 
 TABLES = {
     "calibration": calibration,
-    "calibration_cpu": calibration_cpu,
     "calibration_precision": calibration_precision,
     "quality": quality,
     "speed": speed,
