@@ -16,6 +16,9 @@ from aquakv.config import WindowConfig
 from aquakv.errors import ConfigError
 from aquakv.models.adapter import ModelAdapter
 
+#: What `Baseline.label` says of a window.
+WINDOW_SUFFIX = "+window"
+
 #: Compress every token as it comes.
 NO_WINDOW = WindowConfig(sink_tokens=0, recent_window=0, block_tokens=1)
 
@@ -28,9 +31,13 @@ class Baseline(ABC):
     ----------
     bits
         Nominal bits per value, scales and the like not counted; what is held is measured.
+    window
+        Which tokens stay exact; what the paper says if None. With a window tokens are attended to exactly
+        when they come, so that methods can be compared beside the same exact tokens.
     """
 
     bits: float
+    window: WindowConfig | None = None
 
     #: How it is called.
     name: ClassVar[str]
@@ -42,7 +49,7 @@ class Baseline(ABC):
     default_bits: ClassVar[float] = 2
     #: Whether its coders work on keys before rotary embedding.
     pre_rope: ClassVar[bool] = False
-    #: Whether tokens are encoded before, rather than after, they are attended to for the first time.
+    #: Whether the paper's cache encodes tokens before, rather than after, they are first attended to.
     at_once: ClassVar[bool] = True
     #: Whether `fit` has to see text first.
     needs_fit: ClassVar[bool] = False
@@ -57,12 +64,22 @@ class Baseline(ABC):
     @property
     def label(self) -> str:
         """Name and nominal bits, as ``--baseline`` takes them."""
-        return f"{self.name}:{self.bits:g}"
+        return f"{self.name}:{self.bits:g}{'' if self.window is None else WINDOW_SUFFIX}"
+
+    @property
+    def own_windows(self) -> tuple[WindowConfig, WindowConfig]:
+        """Which tokens stay exact, of keys and of values, by the paper."""
+        return NO_WINDOW, NO_WINDOW
 
     @property
     def windows(self) -> tuple[WindowConfig, WindowConfig]:
         """Which tokens stay exact, of keys and of values."""
-        return NO_WINDOW, NO_WINDOW
+        return self.own_windows if self.window is None else (self.window, self.window)
+
+    @property
+    def encodes_at_once(self) -> bool:
+        """Whether tokens are encoded before, rather than after, they are first attended to."""
+        return self.at_once and self.window is None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,6 +130,14 @@ class Baseline(ABC):
         None if the method does not encode layer by layer.
         """
 
+    def require_single_pass(self) -> None:
+        """Raise `ConfigError` if a single pass cannot tell what the method's cache gives."""
+        if not self.single_pass:
+            raise ConfigError(
+                f"baseline {self.name}: a single pass over whole sequences cannot tell what its cache gives; "
+                "use --protocol streaming"
+            )
+
     def coded_tokens(self, length: int) -> tuple[int, int]:
         """Return how many tokens, of keys and of values, a cache of ``length`` tokens holds as codes."""
         keys, values = self.windows
@@ -120,7 +145,7 @@ class Baseline(ABC):
 
     def pass_ends(self, seq_len: int) -> list[int]:
         """Return where forward passes have to end for every query to see what it sees token by token."""
-        if self.at_once:
+        if self.encodes_at_once:
             return [seq_len]
         counts = [self.coded_tokens(length) for length in range(seq_len + 1)]
         return [*(end for end in range(1, seq_len) if counts[end] != counts[end - 1]), seq_len]

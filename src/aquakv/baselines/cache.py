@@ -62,7 +62,7 @@ class BaselineCache(Cache):
         return BaselineLayer(
             self.baseline.windows,
             self.baseline.coders(self._adapter, order),
-            self.baseline.at_once,
+            self.baseline.encodes_at_once,
             lambda states, first: turned(states, first, unrotate),
             lambda states, first: turned(states, first, rotate),
         )

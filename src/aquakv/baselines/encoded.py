@@ -1,4 +1,4 @@
-"""What competitors keep of tokens: packed codes, scales, outliers; tokens first, so that runs can be joined."""
+"""What competitors keep of tokens: packed codes, scales, outliers; tokens first, so that runs join."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Higgs(Baseline):
     at_once: ClassVar[bool] = False
 
     @property
-    def windows(self) -> tuple[WindowConfig, WindowConfig]:
+    def own_windows(self) -> tuple[WindowConfig, WindowConfig]:
         """AQUA-KV's own."""
         return WindowConfig(), WindowConfig()
 

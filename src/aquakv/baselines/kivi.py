@@ -39,9 +39,14 @@ class Kivi(Baseline):
                 "baseline kivi: expected a residual window of whole groups, got "
                 f"residual {self.residual} and group {self.group}"
             )
+        if self.window is not None and self.window.block_tokens % self.group:
+            raise ConfigError(
+                f"baseline kivi: expected a window with blocks of whole groups of {self.group} tokens, got "
+                f"{self.window.block_tokens}"
+            )
 
     @property
-    def windows(self) -> tuple[WindowConfig, WindowConfig]:
+    def own_windows(self) -> tuple[WindowConfig, WindowConfig]:
         """Keys leave their window together, values one by one."""
         return WindowConfig(0, 0, self.residual), WindowConfig(0, self.residual, 1)
 

@@ -121,7 +121,7 @@ class KVQuant(Baseline):
     * Keys before rotary embedding, each channel normalised by a range that calibration found; values by each
       token's own, in two float16 numbers (§3.1, 3.2).
     * Levels of a layer's keys and of its values by k-means, weighted by Fisher information (§3.3).
-    * What lies outside a channel's or a token's range, `outliers` of all, as float16 with 16-bit places (§3.4).
+    * What lies outside a channel's or token's range, `outliers` of all, as float16 with their places (§3.4).
     * The first token exact (§3.5); all others are encoded as they come.
 
     Ours deviates in that a token has a count of its outliers in 16 bits where the paper has row pointers, and
@@ -139,7 +139,7 @@ class KVQuant(Baseline):
     needs_fit: ClassVar[bool] = True
 
     @property
-    def windows(self) -> tuple[WindowConfig, WindowConfig]:
+    def own_windows(self) -> tuple[WindowConfig, WindowConfig]:
         """The first token stays exact."""
         return WindowConfig(1, 0, 1), WindowConfig(1, 0, 1)
 

@@ -163,7 +163,7 @@ class Kvtc(Baseline):
             raise ConfigError(f"baseline kvtc: expected bits above 0 and up to 8, got {self.bits:g}")
 
     @property
-    def windows(self) -> tuple[WindowConfig, WindowConfig]:
+    def own_windows(self) -> tuple[WindowConfig, WindowConfig]:
         """The paper's sinks and window."""
         return WindowConfig(4, 128, 128), WindowConfig(4, 128, 128)
 
@@ -197,7 +197,7 @@ class Kvtc(Baseline):
         DataError
             The sequences have no tokens behind their sinks.
         """
-        sinks = self.windows[0].sink_tokens
+        sinks = self.own_windows[0].sink_tokens
         if tokens.shape[1] <= sinks:
             raise DataError(
                 f"baseline kvtc: expected sequences of more than {sinks} tokens, got {tokens.shape[1]}"

@@ -60,7 +60,7 @@ class Side:
         return self.window.coded_tokens(self.tokens) - self.coded
 
     def take(self, count: int) -> Tensor:
-        """Remove the tail's oldest tokens; return them, ``[tokens, rows, num_kv_heads, head_dim]`` float32."""
+        """Remove the tail's oldest tokens; return ``[tokens, rows, num_kv_heads, head_dim]`` float32."""
         assert self.tail is not None  # tokens are due
         taken = self.tail[:, :, :count].permute(2, 0, 1, 3).float().contiguous()
         self.tail = self.tail[:, :, count:].clone()

@@ -39,8 +39,13 @@ class Quanto(Baseline):
     at_once: ClassVar[bool] = False
     single_pass: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None:
+            raise ConfigError("baseline quanto: transformers' cache knows no other window; leave it out")
+
     @property
-    def windows(self) -> tuple[WindowConfig, WindowConfig]:
+    def own_windows(self) -> tuple[WindowConfig, WindowConfig]:
         """Up to `residual` newest tokens."""
         return WindowConfig(0, 0, self.residual), WindowConfig(0, 0, self.residual)
 

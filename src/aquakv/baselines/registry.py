@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aquakv.baselines.base import Baseline
+from aquakv.baselines.base import WINDOW_SUFFIX, Baseline
 from aquakv.baselines.fp8 import Float8
 from aquakv.baselines.higgs import Higgs
 from aquakv.baselines.kivi import Kivi
@@ -12,6 +12,7 @@ from aquakv.baselines.quanto import Quanto
 from aquakv.baselines.quarot import QuaRot
 from aquakv.baselines.rtn import RoundToNearest
 from aquakv.baselines.turboquant import TurboQuant, TurboQuantSketch
+from aquakv.config import WindowConfig
 from aquakv.errors import ConfigError
 
 _KINDS: tuple[type[Baseline], ...] = (
@@ -32,24 +33,32 @@ BASELINES: dict[str, type[Baseline]] = {kind.name: kind for kind in _KINDS}
 
 
 def baseline(spec: str) -> Baseline:
-    """Return the competitor that ``NAME`` or ``NAME:BITS`` names, not fitted to any model.
+    """Return the competitor that ``NAME[:BITS][+window]`` names, not fitted to any model.
+
+    With ``+window`` the tokens stay exact that stay exact in `AquaCache` by default, in place of those that
+    the method's paper keeps.
 
     Raises
     ------
     ConfigError
-        There is no such name, or it does not come with so many bits.
+        There is no such name, or it does not come with so many bits or with a window.
 
     Examples
     --------
     >>> baseline("kivi:2").label
     'kivi:2'
     """
-    name, colon, bits = spec.partition(":")
+    plain = spec.removesuffix(WINDOW_SUFFIX)
+    window = None if plain == spec else WindowConfig()
+    name, colon, bits = plain.partition(":")
     kind = BASELINES.get(name)
     if kind is None:
-        raise ConfigError(f"unknown baseline {name!r}; expected one of: {', '.join(BASELINES)}")
+        raise ConfigError(
+            f"unknown baseline {name!r}; expected NAME, NAME:BITS or either with {WINDOW_SUFFIX}, and as NAME "
+            f"one of: {', '.join(BASELINES)}"
+        )
     if not colon:
-        return kind(kind.default_bits)
+        return kind(kind.default_bits, window)
     try:
         number = float(bits)
     except ValueError:
@@ -57,4 +66,4 @@ def baseline(spec: str) -> Baseline:
         raise ConfigError(
             f"baseline {spec!r}: expected bits as a number behind the colon, as in {example}"
         ) from None
-    return kind(number)
+    return kind(number, window)

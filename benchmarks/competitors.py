@@ -1,0 +1,129 @@
+"""Rate and quality of the presets beside other methods' caches: the table behind ``competitors-demo.json``.
+
+    python benchmarks/competitors.py --data-dir DIR --out benchmarks/results/competitors-demo.json
+
+All are fitted to, or calibrated on, the same tokens and evaluated against the exact cache on the same tokens,
+by a single pass where a method allows it, else by streaming; the two give the same. Contestants are presets,
+"decode 2.3", and competitors, "kivi:2", as ``aquakv eval perplexity --baseline`` takes them. Rows of a file
+that is there already are kept, unless their contestant is measured anew: long runs can be taken in parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aquakv import ModelCodec, Quality, calibrate_many, evaluate_quality, preset
+from aquakv.baselines import Baseline, baseline
+from aquakv.data import token_sequences
+from aquakv.evaluation.results import quality_fields, write_benchmark
+from aquakv.models.loading import LoadedModel, load_model
+
+CONTESTANTS = [
+    "storage 1.25",
+    "decode 1.7",
+    "decode 2.3",
+    *(
+        f"{name}:{bits}"
+        for name in ("rtn", "quarot", "turboquant", "turboquant-sketch")
+        for bits in (2, 3, 4)
+    ),
+    *(f"{name}:{bits}" for name in ("kivi", "kvquant", "higgs", "kvtc") for bits in (2, 3, 4)),
+    *(f"{name}:2+window" for name in ("rtn", "quarot", "turboquant", "kvquant")),
+    "quanto:2",
+    "quanto:4",
+    "fp8:8",
+]
+
+
+def contestants(
+    names: list[str], loaded: LoadedModel, tokens: torch.Tensor
+) -> dict[str, ModelCodec | Baseline]:
+    """Return what is measured, fitted to the model; a competitor's fit serves all its rates if it can."""
+    configs = {name: preset(*_preset_and_bits(name)) for name in names if " " in name}
+    codecs = calibrate_many(loaded.model, tokens, configs) if configs else {}
+    found: dict[str, ModelCodec | Baseline] = {}
+    fits: dict[str, Any] = {}
+    for name in names:
+        if name in codecs:
+            found[name] = codecs[name]
+            continue
+        method: Any = baseline(name)
+        if method.name == "kvtc":  # its components know nothing of bits
+            fits.setdefault("kvtc", method.fit(loaded.model, tokens) if "kvtc" not in fits else None)
+            method = dataclasses.replace(fits["kvtc"], bits=method.bits)
+        elif method.needs_fit:
+            method = method.fit(loaded.model, tokens)
+        found[name] = method
+    return found
+
+
+def _preset_and_bits(name: str) -> tuple[str, float]:
+    kind, bits = name.split()
+    return kind, float(bits)
+
+
+def describe(name: str, quality: Quality, seconds: float) -> str:
+    return (
+        f"  {name:22s} {quality.bits_per_value:.3f} bits  {100 * quality.relative_increase:+.2f} %  "
+        f"KL {quality.mean_kl:.5f}  top-1 {100 * quality.top1_agreement:.2f} %  {seconds:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument(
+        "--calibration", nargs="+", default=["wikitext2:validation", "pydoc:train", "stdlib:train"]
+    )
+    parser.add_argument("--calibration-samples", type=int, default=15)
+    parser.add_argument("--data", default="wikitext2:test")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, metavar='"PRESET BITS"|NAME:BITS')
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    loaded = load_model(options.model, options.dtype, options.device)
+    sequences = (options.calibration_samples, 2048, options.data_dir)
+    tokens = token_sequences(options.calibration, loaded.tokenizer, *sequences)
+    evaluated = token_sequences(
+        [options.data], loaded.tokenizer, options.samples, options.seq_len, options.data_dir
+    )
+    rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.exists() else []
+    setting = {
+        "model": options.model,
+        "calibration": options.calibration,
+        "calibration_tokens": tokens.numel(),
+        "data": options.data,
+        "seq_len": options.seq_len,
+        "samples": options.samples,
+        "dtype": options.dtype,
+    }
+    for row in rows:
+        if {name: row[name] for name in setting} != setting:
+            raise SystemExit(f"{options.out} was measured otherwise; remove it, or give it the same options")
+    for name, method in contestants(options.contestants, loaded, tokens).items():
+        started = time.perf_counter()
+        protocol = "streaming" if isinstance(method, Baseline) and not method.single_pass else "single-pass"
+        quality = evaluate_quality(loaded.model, evaluated, {name: method}, protocol=protocol)[name]
+        row = {"contestant": name, **setting, "protocol": protocol, **quality_fields(quality)}
+        if isinstance(method, Baseline):
+            row |= {"source": method.source, "table_bytes": method.table_bytes, **method.settings}
+        rows = [*(other for other in rows if other["contestant"] != name), row]
+        print(describe(name, quality, time.perf_counter() - started), flush=True)
+        write_benchmark(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()
