@@ -67,6 +67,7 @@ types: install
 bench: install
 	$(BIN)/python benchmarks/quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/quality-demo.json
 	$(BIN)/python benchmarks/fidelity.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/fidelity-demo.json
+	$(BIN)/python benchmarks/competitors.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/competitors-demo.json
 	$(BIN)/python benchmarks/speed_cpu.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/speed-cpu.json
 
 clean:

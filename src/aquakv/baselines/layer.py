@@ -57,7 +57,7 @@ class Side:
 
     def due(self) -> int:
         """Return how many tokens of the tail are to be compressed now."""
-        return self.window.coded_tokens(self.tokens) - self.coded
+        return max(0, self.window.coded_tokens(self.tokens) - self.coded)  # more are coded after a crop
 
     def take(self, count: int) -> Tensor:
         """Remove the tail's oldest tokens; return ``[tokens, rows, num_kv_heads, head_dim]`` float32."""

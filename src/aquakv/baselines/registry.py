@@ -54,7 +54,7 @@ def baseline(spec: str) -> Baseline:
     kind = BASELINES.get(name)
     if kind is None:
         raise ConfigError(
-            f"unknown baseline {name!r}; expected NAME, NAME:BITS or either with {WINDOW_SUFFIX}, and as NAME "
+            f"unknown baseline {name!r}; expected NAME, NAME:BITS or either with {WINDOW_SUFFIX}, NAME being "
             f"one of: {', '.join(BASELINES)}"
         )
     if not colon:

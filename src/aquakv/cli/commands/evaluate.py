@@ -51,9 +51,9 @@ class _CalibrationText:
             return method
         options.require_length(self.seq_len, loaded)
         tokens = token_sequences(self.data, loaded.tokenizer, self.samples, self.seq_len, self.data_dir)
-        options.messages.print(
-            f"[dim]fitting {method.label} to {tokens.numel()} tokens[/dim]", highlight=False
-        )
+        if options.messages.is_terminal:
+            text = f"fitting {method.label} to {tokens.numel()} tokens"
+            options.messages.print(f"[dim]{text}[/dim]", highlight=False)
         return method.fit(loaded.model, tokens)
 
     def record(self, method: Baseline) -> dict[str, Any]:
@@ -128,6 +128,7 @@ def perplexity(
     options.require_length(seq_len, loaded)
     if method is not None:
         method = text.fitted(method, loaded)
+        method.cache(loaded.model)  # what cannot be had is refused before anything is evaluated
     tokens = token_sequences([data], loaded.tokenizer, samples, seq_len, data_dir)
     measured = loaded_codec or method
     started = time.perf_counter()
