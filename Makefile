@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 # Other versions of transformers that are tested, each in an environment of its own.
 VERSIONS := 5.17 5.24
-VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py
+VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py tests/unit/test_baseline_cache.py
 
 .PRECIOUS: $(VENV)-%/.installed
 .PHONY: install demo test test-models test-rest versions soak lint types bench clean

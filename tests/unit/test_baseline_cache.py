@@ -1,5 +1,6 @@
 """Competitors' caches in models: what they hold, what attention sees, and what they refuse."""
 
+import copy
 import dataclasses
 import functools
 
@@ -229,6 +230,18 @@ def test_generation_with_beams_and_reset(name):
     assert torch.equal(model.generate(prompt, past_key_values=cache, **settings), first)
 
 
+@pytest.mark.parametrize("name", ["kvquant", "kivi", "kvtc"])
+def test_copies_go_their_own_way(name):
+    tokens = random_tokens(2, 60)
+    _, cache = fed(name, tokens[:, :50], [50], kind="gemma3")
+    twin = copy.deepcopy(cache)
+    model = shared("gemma3")
+    one = feed(model, twin, tokens[:, 50:], [10])
+    assert cache.get_seq_length() == 50
+    assert torch.equal(feed(model, cache, tokens[:, 50:], [10]), one)
+    assert cache.footprint() == twin.footprint()
+
+
 def test_crop_reaches_back_to_what_is_compressed():
     tokens = random_tokens(1, 50)
     _, cache = fed("higgs", tokens[:, :48], [48])  # 2 sinks, 40 compressed, 6 exact
@@ -325,9 +338,11 @@ def test_quanto_is_transformers_own_cache_or_says_why_not():
     model = build(max_position_embeddings=512)
     feed(model, cache, tokens, [128, 128, 44])
     footprint = method_.footprint(cache)
-    assert footprint.coded_values == 3 * 2 * 32 * 256
+    coded = footprint.coded_values // (3 * 2 * 32)
+    assert coded in (256, 300)  # some versions of transformers quantise a full window one pass later
+    assert footprint.total_values == 3 * 2 * 32 * 300
     assert footprint.bits_per_value == 4 + 2 * 32 / 16  # scales in the model's float32
-    assert footprint.tail_bytes == 3 * 2 * 32 * 44 * 4
+    assert footprint.tail_bytes == 3 * 2 * 32 * (300 - coded) * 4
     exact = feed(model, DynamicCache(config=model.config), tokens, [128, 128, 44])
     quality = evaluate_quality(model, tokens, {"it": method_})["it"]
     assert 0 < quality.mean_kl < 0.1

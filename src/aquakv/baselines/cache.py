@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +184,17 @@ class BaselineCache(Cache):
         """Keep copies of the given rows, in that order."""
         for layer in self.layers:
             layer.batch_select_indices(torch.as_tensor(indices))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the tokens; the model and the method are shared."""
+        other = type(self)(self._adapter.model, self.baseline)
+        other._frequencies = self._frequencies
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, BaselineLayer):
+                other.layers[index].take_over(layer, memo)
+            else:
+                other.layers[index] = copy.deepcopy(layer, memo)
+        return other
 
     def footprint(self) -> Footprint:
         """Return the bytes that the cache holds, by part, from its tensors' storages."""

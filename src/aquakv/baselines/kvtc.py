@@ -63,7 +63,7 @@ class Transform:
         """Encode ``[tokens, features]`` float32."""
         tokens, device = len(vectors), vectors.device
         stop = self.groups[-1].stop if self.groups else 0
-        components = (vectors - self.mean.to(device)) @ self.basis[:, :stop].to(device)
+        components = (vectors - self.mean) @ self.basis[:, :stop]
         packed, scales = [], []
         for group in self.groups:
             codes, steps, zeros = quantize(components[:, group.start : group.stop], group.width)
@@ -91,7 +91,11 @@ class Transform:
             steps, zeros = (block.scales[:, index, which, None] for which in (0, 1))
             components[:, group.start : group.stop] = dequantize(codes, steps, zeros)
             start = end
-        return components @ self.basis[:, :stop].T.to(device) + self.mean.to(device)
+        return components @ self.basis[:, :stop].T + self.mean
+
+    def to(self, device: torch.device) -> Transform:
+        """Return the transform on another device."""
+        return Transform(self.mean.to(device), self.basis.to(device), self.groups)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from aquakv.cache.records import storage_bytes
 from aquakv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from aquakv.baselines.kvtc import CodedBlock, Kvtc
+    from aquakv.baselines.kvtc import CodedBlock, Kvtc, Transform
 
 
 class KvtcLayer(BaselineLayer):
@@ -71,7 +72,7 @@ class KvtcCache(BaselineCache):
         if not self._blocks[side]:
             return None
         if side not in self._all_layers:
-            transform = self._transforms[side]
+            transform = self._on_device(side, self._blocks[side][0][0].scales.device)
             blocks = [torch.stack([transform.decode(one) for one in rows], 1) for rows in self._blocks[side]]
             self._all_layers[side] = torch.cat(blocks)
         part = self._all_layers[side][..., order * self._features : (order + 1) * self._features]
@@ -86,11 +87,19 @@ class KvtcCache(BaselineCache):
             self._compress()
         return everything
 
+    def _on_device(self, side: int, device: torch.device) -> Transform:
+        if self._transforms[side].basis.device != device:  # too large to be moved at every step
+            moved = [transform.to(device) for transform in self._transforms]
+            self._transforms = moved[0], moved[1]
+        return self._transforms[side]
+
     def _compress(self) -> None:
         block = self.baseline.windows[0].block_tokens
         while self.compressed[0].sides[0].due():
-            for side, transform in enumerate(self._transforms):
+            for side in (0, 1):
+                transform = self._on_device(side, self.compressed[-1].device)
                 taken = [layer.taken(layer.sides[side], block).flatten(2) for layer in self.compressed]
+                taken = [states.to(self.compressed[-1].device) for states in taken]
                 vectors = torch.cat(taken, 2)  # [tokens, rows, features of all layers]
                 self._blocks[side].append([transform.encode(row) for row in vectors.unbind(1)])
 
@@ -121,6 +130,12 @@ class KvtcCache(BaselineCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         self.batch_select_indices(torch.arange(self.compressed[0].batch_size).repeat_interleave(repeats))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the tokens; the model and the method are shared."""
+        other = super().__deepcopy__(memo)
+        other._blocks = copy.deepcopy(self._blocks, memo)
+        return other
 
     def footprint(self) -> Footprint:
         """Return the bytes that the cache holds, by part."""

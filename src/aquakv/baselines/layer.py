@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -206,6 +207,12 @@ class BaselineLayer(CacheLayerMixin):
         """Drop everything."""
         self.sides = tuple(Side(window) for window in self.windows)
         self.is_initialized = False
+
+    def take_over(self, other: BaselineLayer, memo: dict[int, Any]) -> None:
+        """Hold copies of the tokens of another layer of the same kind."""
+        self.sides = copy.deepcopy(other.sides, memo)
+        if other.is_initialized:
+            self.dtype, self.device, self.is_initialized = other.dtype, other.device, True
 
     def require_exact(self, count: int) -> None:
         """Raise `CacheStateError` if any of the newest ``count`` tokens is compressed."""

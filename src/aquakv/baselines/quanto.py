@@ -24,8 +24,8 @@ class Quanto(Baseline):
     Asymmetric rounding in groups of 64 neighbouring features of a head (or the largest divisor of its size
     below that), steps and zero points in the model's dtype. It keeps up to `residual` newest tokens exact
     and, whenever these are full, decodes and quantises its whole history anew; the first pass is quantised in
-    full, so sequences are fed in passes of `residual` tokens. Not append-only, hence without a single-pass
-    protocol.
+    full, so sequences are fed in passes of `residual` tokens (which transformers 5.17 quantises one pass
+    later). Not append-only, hence without a single-pass protocol.
     """
 
     bits: float = 4
@@ -84,7 +84,6 @@ class Quanto(Baseline):
         layers = [layer for layer in every_layer if layer.is_initialized]
         codes = scales = tail = coded = total = itemsize = 0
         for layer in layers:
-            itemsize = layer.dtype.itemsize
             for quantized, rest in (
                 (layer._quantized_keys, layer.keys),
                 (layer._quantized_values, layer.values),
@@ -92,6 +91,7 @@ class Quanto(Baseline):
                 packed, *others = (_held(getattr(quantized, name)) for name in ("_data", "_scale", "_shift"))
                 codes, scales = codes + packed, scales + sum(others)
                 tail += storage_bytes(rest)
+                itemsize = quantized.dtype.itemsize
                 coded, total = coded + quantized.numel(), total + quantized.numel() + rest.numel()
         return Footprint(
             code_bytes=codes,
