@@ -181,6 +181,16 @@ def test_higgs_reaches_its_grids_distortion(width, distortion):
     assert bits(coder.encode(x), x.numel()) == width + 16 / 32
 
 
+def test_higgs_divides_many_features_into_groups():
+    model = build(hidden_size=40, num_key_value_heads=20, num_attention_heads=20, head_dim=64)
+    coder, _ = Higgs(2).coders(adapt(model), 0)
+    x = gaussian(300, 2, 20, 64)
+    x[:, :, :10] *= 50  # the first of two groups of 640
+    left = (coder.decode(coder.encode(x)) - x).square().mean((0, 1, 3)) / x.square().mean((0, 1, 3))
+    assert torch.allclose(left, torch.full((20,), 0.108), rtol=0.1)
+    assert bits(coder.encode(x), x.numel()) == 2 + 16 / 640
+
+
 # --- KVQuant -----------------------------------------------------------------------------------------------
 
 
