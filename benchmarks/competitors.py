@@ -51,7 +51,7 @@ GROUP = 4
 def contestants(
     names: list[str], loaded: LoadedModel, tokens: torch.Tensor
 ) -> dict[str, ModelCodec | Baseline]:
-    """Return what is measured, fitted to the model; a competitor's fit serves all its rates if it can."""
+    """Return what is measured, fitted to the model; a competitor's fit serves all its rates."""
     configs = {name: preset(*_preset_and_bits(name)) for name in names if " " in name}
     codecs = calibrate_many(loaded.model, tokens, configs) if configs else {}
     found: dict[str, ModelCodec | Baseline] = {}
@@ -61,11 +61,10 @@ def contestants(
             found[name] = codecs[name]
             continue
         method: Any = baseline(name)
-        if method.name == "kvtc":  # its components know nothing of bits
-            fits.setdefault("kvtc", method.fit(loaded.model, tokens) if "kvtc" not in fits else None)
-            method = dataclasses.replace(fits["kvtc"], bits=method.bits)
-        elif method.needs_fit:
-            method = method.fit(loaded.model, tokens)
+        if method.needs_fit:
+            if method.name not in fits:
+                fits[method.name] = method.fit(loaded.model, tokens)
+            method = dataclasses.replace(fits[method.name], bits=method.bits, window=method.window)
         found[name] = method
     return found
 

@@ -299,8 +299,15 @@ def test_methods_that_have_to_be_fitted_say_so(name):
         baseline(name).cache(shared("llama"))
     with pytest.raises(ConfigError, match="fit it anew"):
         method(name).cache(shared("llama-odd"))
-    with pytest.raises(ConfigError, match="fit it anew"):
-        dataclasses.replace(method("kvquant"), bits=3).cache(shared("llama"))
+
+
+@pytest.mark.parametrize("name", ["kvquant", "kvtc"])
+def test_one_fit_serves_all_bits(name):
+    again = dataclasses.replace(method(name, bits=2), bits=4)
+    tokens, model = random_tokens(1, 50), shared("llama")
+    one, other = (feed(model, each.cache(model), tokens, [50]) for each in (again, method(name, bits=4)))
+    assert torch.equal(one, other)
+    assert again.table_bytes == method(name, bits=4).table_bytes
 
 
 def test_frequencies_that_change_are_refused():

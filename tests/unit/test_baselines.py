@@ -312,11 +312,11 @@ def test_kvquant_leaves_the_model_alone_and_wants_text():
     model = build()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    tables = fit_tables(model, random_tokens(2, 60), 3, 0.01)
+    tables = fit_tables(model, random_tokens(2, 60), 0.01)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(len(layer.key_levels) == 8 and bool((layer.halves > 0).all()) for layer in tables)
+    assert all(len(layer.keys.levels(3).unique()) == 8 and bool((layer.halves > 0).all()) for layer in tables)
     with pytest.raises(DataError, match="more calibration text"):
-        fit_tables(model, random_tokens(1, 20), 3, 0.01)
+        fit_tables(model, random_tokens(1, 20), 0.01)
 
 
 # --- KVTC --------------------------------------------------------------------------------------------------

@@ -146,15 +146,12 @@ class KVQuant(Baseline):
     @property
     def table_bytes(self) -> int:
         """Bytes of ranges and levels, all layers."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for layer in self.tables or ()
-            for tensor in (layer.centers, layer.halves, layer.key_levels, layer.value_levels)
-        )
+        features = sum(len(layer.centers) for layer in self.tables or ())
+        return 4 * (2 * features + 2 * len(self.tables or ()) * 2 ** int(self.bits))
 
     def fit(self, model: PreTrainedModel, tokens: Tensor) -> Self:
-        """Find ranges and levels; see `fit_tables`."""
-        return replace(self, tables=fit_tables(model, tokens, int(self.bits), self.outliers))
+        """Find ranges and where levels are wanted; other `bits` can be set afterwards. See `fit_tables`."""
+        return replace(self, tables=fit_tables(model, tokens, self.outliers))
 
     def coders(self, adapter: ModelAdapter, order: int) -> tuple[TensorCoder, TensorCoder]:
         """Return the coders of keys and of values."""
@@ -162,19 +159,18 @@ class KVQuant(Baseline):
             raise ConfigError("baseline kvquant: expected a fitted method; call fit(model, tokens) first")
         heads, head_dim, width = adapter.num_kv_heads, adapter.head_dim, int(self.bits)
         table = self.tables[order]
-        if len(table.centers) != adapter.features or table.key_levels.numel() != 1 << width:
+        if len(table.centers) != adapter.features:
             raise ConfigError(
-                f"baseline kvquant: fitted for {len(table.centers)} features and "
-                f"{table.key_levels.numel()} levels, but the model has {adapter.features} features and "
-                f"{width} bits were asked for; fit it anew"
+                f"baseline kvquant: fitted for {len(table.centers)} features, but the model has "
+                f"{adapter.features}; fit it anew"
             )
         return (
-            ChannelLevels(heads, head_dim, width, table.key_levels, table.centers, table.halves),
+            ChannelLevels(heads, head_dim, width, table.keys.levels(width), table.centers, table.halves),
             TokenLevels(
                 heads,
                 head_dim,
                 width,
-                table.value_levels,
+                table.values.levels(width),
                 outliers_per_end(adapter.features, self.outliers),
             ),
         )

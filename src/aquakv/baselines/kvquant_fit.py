@@ -24,6 +24,37 @@ PIECE = 512
 _MOST = 65504.0
 
 
+@dataclass
+class Histogram:
+    """Normalised values of calibration text, counted by their weights.
+
+    Attributes
+    ----------
+    weights, moments
+        As `weighted_levels` takes them.
+    """
+
+    weights: Tensor
+    moments: Tensor
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        """Return one that nothing was added to."""
+        return cls(torch.zeros(CELLS, dtype=torch.float64), torch.zeros(CELLS, dtype=torch.float64))
+
+    def add(self, normalized: Tensor, weights: Tensor) -> None:
+        """Add values with their weights, two tensors of one shape; those outside -1 to 1 are left out."""
+        inside = normalized.abs() <= 1
+        x, w = normalized[inside].cpu().double(), weights[inside].cpu().double()
+        cell = ((x + 1) / 2 * CELLS).long().clamp(max=CELLS - 1)
+        self.weights.index_add_(0, cell, w)
+        self.moments.index_add_(0, cell, w * x)
+
+    def levels(self, width: int) -> Tensor:
+        """Return the ``[2**width]`` levels for codes of so many bits, float32, rising."""
+        return weighted_levels(self.weights, self.moments, 1 << width)
+
+
 @dataclass(frozen=True)
 class LayerTables:
     """What KVQuant knows of one layer beforehand.
@@ -32,14 +63,14 @@ class LayerTables:
     ----------
     centers, halves
         ``[features]`` float32: middle and half of the range of each channel of the keys.
-    key_levels, value_levels
-        ``[2**bits]`` float32, rising, in -1 to 1.
+    keys, values
+        Where levels are wanted, for codes of any width.
     """
 
     centers: Tensor
     halves: Tensor
-    key_levels: Tensor
-    value_levels: Tensor
+    keys: Histogram
+    values: Histogram
 
 
 def token_range(values: Tensor, tails: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,24 +138,7 @@ def weighted_levels(weights: Tensor, moments: Tensor, count: int, rounds: int = 
     return levels.float()
 
 
-@dataclass
-class _Histogram:
-    weights: Tensor
-    moments: Tensor
-
-    @classmethod
-    def empty(cls) -> _Histogram:
-        return cls(torch.zeros(CELLS, dtype=torch.float64), torch.zeros(CELLS, dtype=torch.float64))
-
-    def add(self, normalized: Tensor, weights: Tensor) -> None:
-        inside = normalized.abs() <= 1
-        x, w = normalized[inside].cpu().double(), weights[inside].cpu().double()
-        cell = ((x + 1) / 2 * CELLS).long().clamp(max=CELLS - 1)
-        self.weights.index_add_(0, cell, w)
-        self.moments.index_add_(0, cell, w * x)
-
-
-def fit_tables(model: PreTrainedModel, tokens: Tensor, bits: int, outliers: float) -> tuple[LayerTables, ...]:
+def fit_tables(model: PreTrainedModel, tokens: Tensor, outliers: float) -> tuple[LayerTables, ...]:
     """Fit KVQuant's tables to a model.
 
     Parameters
@@ -133,8 +147,6 @@ def fit_tables(model: PreTrainedModel, tokens: Tensor, bits: int, outliers: floa
         The model; gradients are taken with respect to keys and values, never to weights.
     tokens
         ``[sequences, seq_len]`` int64. The first token of each is left out, as it is never encoded.
-    bits
-        Bits of a code.
     outliers
         Which part of the values counts as outliers, half of it at either end.
 
@@ -155,7 +167,7 @@ def fit_tables(model: PreTrainedModel, tokens: Tensor, bits: int, outliers: floa
             for seen in Observer(adapter, 4, torch.device("cpu"), lambda: None, weights=False).walk(tokens)
         ]
     tails = outliers_per_end(adapter.features, outliers)
-    histograms = [(_Histogram.empty(), _Histogram.empty()) for _ in ranges]
+    histograms = [(Histogram.empty(), Histogram.empty()) for _ in ranges]
 
     def add(order: int, keys: Tensor, values: Tensor, key_weight: Tensor, value_weight: Tensor) -> None:
         centers, halves = (table.to(keys.device) for table in ranges[order])
@@ -168,15 +180,7 @@ def fit_tables(model: PreTrainedModel, tokens: Tensor, bits: int, outliers: floa
         for piece in sequence.split(PIECE):
             if len(piece) > 1:
                 _fisher(adapter, piece[None].to(model.device), add)
-    return tuple(
-        LayerTables(
-            centers,
-            halves,
-            weighted_levels(keys.weights, keys.moments, 1 << bits),
-            weighted_levels(values.weights, values.moments, 1 << bits),
-        )
-        for (centers, halves), (keys, values) in zip(ranges, histograms, strict=True)
-    )
+    return tuple(LayerTables(*spans, *counted) for spans, counted in zip(ranges, histograms, strict=True))
 
 
 def _channel_ranges(keys: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
