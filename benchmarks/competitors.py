@@ -37,7 +37,9 @@ CONTESTANTS = [
         for name in ("rtn", "quarot", "turboquant", "turboquant-sketch")
         for bits in (2, 3, 4)
     ),
-    *(f"{name}:{bits}" for name in ("kivi", "kvquant", "higgs", "kvtc") for bits in (2, 3, 4)),
+    *(f"{name}:{bits}" for name in ("kivi", "kvquant", "higgs") for bits in (2, 3, 4)),
+    *(f"kvtc:{bits}" for bits in (1, 1.5, 2, 3, 4)),
+    "kvtc:2+window",
     *(f"{name}:2+window" for name in ("rtn", "quarot", "turboquant", "turboquant-sketch", "kvquant")),
     "quanto:2",
     "quanto:4",
