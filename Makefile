@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Other versions of transformers that are tested, each in an environment of its own.
 VERSIONS := 5.17 5.24
 VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py \
-	tests/unit/test_streamed_calibration.py
+	tests/unit/test_streamed_calibration.py tests/unit/test_baseline_cache.py
 
 .PRECIOUS: $(VENV)-%/.installed
 .PHONY: install demo test test-models test-rest versions soak lint types bench clean
@@ -69,6 +69,7 @@ bench: install
 	$(BIN)/python benchmarks/quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/quality-demo.json
 	$(BIN)/python benchmarks/pruning.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/pruning-demo.json
 	$(BIN)/python benchmarks/fidelity.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/fidelity-demo.json
+	$(BIN)/python benchmarks/competitors.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/competitors-demo.json
 	$(BIN)/python benchmarks/speed_cpu.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/speed-cpu.json
 	$(BIN)/python benchmarks/calibration_precision.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
 		--samples 8 --seq-len 768 --out benchmarks/results/calibration-precision-demo.json

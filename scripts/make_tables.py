@@ -248,6 +248,57 @@ def pruning() -> str:
     return "\n".join(lines)
 
 
+#: How contestants are called that are no presets; "+window": with the exact tokens of the presets.
+SYSTEMS = {
+    "rtn": "round-to-nearest",
+    "kivi": "KIVI",
+    "kvquant": "KVQuant, 1 % outliers",
+    "quarot": "QuaRot",
+    "turboquant": "TurboQuant",
+    "turboquant-sketch": "TurboQuant, sketched keys",
+    "higgs": "HIGGS",
+    "kvtc": "KVTC-like",
+    "fp8": "FP8",
+    "quanto": "transformers' QuantizedCache (quanto)",
+}
+
+
+def competitors() -> str:
+    content, all_rows = rows("competitors-demo")
+    lines = [
+        "| system | setting | bits per value | with exact tokens | perplexity | mean KL (nats) | same top |",
+        "| --- " * 7 + "|",
+    ]
+    for row in sorted(all_rows, key=lambda row: row["bits_per_value"]):
+        name, _, setting = row["contestant"].partition(":")
+        if setting:
+            bits, _, window = setting.partition("+")
+            system = SYSTEMS[name]
+            setting = f"{bits} bit, our window" if window else f"{bits} bit"
+        else:
+            preset, bits = name.split()
+            system, setting = f"**aquakv {preset}**", f"{bits} bit"
+        cells = [
+            system,
+            setting,
+            f"{row['bits_per_value']:.2f}",
+            f"{row['bits_per_value_total']:.2f}" if row["bits_per_value_total"] else "",
+            f"{100 * row['relative_increase']:+.2f} %",
+            f"{row['mean_kl']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = all_rows[0]
+    lines += [
+        "",
+        f"SmolLM2-135M-Instruct, {first['samples']} × {first['seq_len']} tokens of {first['data']}; what is "
+        f"fitted is fitted to the same {first['calibration_tokens']:,} tokens of "
+        f"{', '.join(first['calibration'])}. Perplexity: increase over the exact cache. {first['dtype']}, "
+        f"{content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
 PHASES = {
     "plan: observe": "planning: observing a part of the text",
     "plan: harm": "planning: what errors do",
@@ -334,6 +385,7 @@ def calibration_precision() -> str:
 
 
 TABLES = {
+    "competitors": competitors,
     "calibration": calibration,
     "calibration_precision": calibration_precision,
     "quality": quality,
@@ -353,7 +405,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = []
-    documents = [ROOT / "docs" / f"{name}.md" for name in ("calibration", "kernels", "variants")]
+    names = ("calibration", "competitors", "kernels", "variants")
+    documents = [ROOT / "docs" / f"{name}.md" for name in names]
     for path in (ROOT / "README.md", *documents):
         old = path.read_text(encoding="utf-8")
         new = re.sub(

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,28 @@ def test_eval_without_a_codec_measures_the_exact_cache(place, capsys):
     assert "exact cache" in out
 
 
+@pytest.mark.parametrize("name", ["rtn:3", "kivi:2", "rtn:2+window", "kvquant:2", "kvtc:2"])
+def test_eval_of_competitors(place, capsys, name):
+    more = ["--data", place / "test.txt", "--samples", 2, "--seq-len", 300, "--device", "cpu"]
+    more += ["--calibration-data", place / "train.txt", "--calibration-samples", 4]
+    more += ["--calibration-seq-len", 100, "--json", "out.json"]
+    code, out, err = _run(capsys, "eval", "perplexity", place / "tiny", "--baseline", name, *more)
+    assert code == 0, err
+    with open("out.json") as file:
+        result = json.load(file)
+    assert set(result) >= CONTRACT
+    assert (result["codec"], result["protocol"]) == (None, "streaming")
+    assert result["mean_kl"] > 0
+    assert result["bits_per_value_total"] >= result["bits_per_value"] > 1
+    described = result["baseline"]
+    assert (described["name"], described["bits"]) == (name.split(":")[0], int(name[name.index(":") + 1]))
+    assert described["source"].startswith("arXiv:")
+    fitted = described["name"] in ("kvquant", "kvtc")
+    assert (described["calibration"] is not None) == fitted == bool(described["table_bytes"])
+    assert (described["key_window"] == [4, 0, 128]) == name.endswith("+window")
+    assert f"{result['bits_per_value']:.3f} bits per value" in out
+
+
 def test_generate(place, capsys, monkeypatch):
     arguments = [
         "generate",
@@ -328,7 +351,6 @@ def test_generate(place, capsys, monkeypatch):
     assert "cache:" in err
     assert "bits per value" in " ".join(err.split())
     import io
-    import sys
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
     assert _run(capsys, *arguments, "--prompt", "-")[:2] == (0, out)
@@ -350,6 +372,21 @@ def test_unknown_options_and_commands(place, capsys):
     _refused(capsys, *_calibrate(place, "--seq-len", 0), says="--seq-len")
     _refused(capsys, *_calibrate(place, "--dtype", "int3"), says=("--dtype", "int3"))
     _refused(capsys, *_eval(place, "--protocol", "guess"), says=("--protocol", "guess"))
+
+
+def test_competitors_that_cannot_be_had(place, capsys, monkeypatch):
+    start = ["eval", "perplexity", place / "tiny", "--data", place / "test.txt", "--device", "cpu"]
+    _refused(capsys, *_eval(place, "--baseline", "rtn"), says=("--codec or --baseline", "both"))
+    _refused(capsys, *start, "--baseline", "rtm:2", says=("rtm", "kivi, kvquant"))
+    _refused(capsys, *start, "--baseline", "rtn:9", says="expected bits of 1, 2")
+    _refused(capsys, *start, "--baseline", "kvtc", "--protocol", "single-pass", says="--protocol streaming")
+    _refused(capsys, *start, "--baseline", "kivi", "--seq-len", 128, says=("too short", "kivi"))
+    _refused(
+        capsys, *start, "--seq-len", 300, "--baseline", "kvquant", "--calibration-seq-len", 999, says="999"
+    )
+    monkeypatch.setitem(sys.modules, "optimum", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "optimum.quanto", None)
+    _refused(capsys, *start, "--seq-len", 300, "--samples", 1, "--baseline", "quanto", says="aquakv[quanto]")
 
 
 def test_model_that_is_not_there(place, capsys):

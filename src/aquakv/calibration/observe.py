@@ -70,6 +70,11 @@ class Waiting(NamedTuple):
     vectors: torch.device
     name: str = "none"
 
+    @classmethod
+    def on(cls, device: torch.device | str) -> Waiting:
+        """Return that all wait on one device."""
+        return cls(torch.device(device), torch.device(device))
+
 
 @dataclass
 class Observer:

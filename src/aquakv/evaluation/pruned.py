@@ -179,8 +179,5 @@ def _behind(
 
 def _measure(cache: AquaCache, quality: Quality) -> None:
     footprint = cache.footprint()
-    quality.coded_bytes += footprint.coded_bytes if footprint.coded_values else 0
-    quality.coded_values += footprint.coded_values
-    quality.held_bytes += footprint.held_bytes
-    quality.held_values += footprint.total_values
+    quality.count(footprint)
     quality.original_values += footprint.original_values

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aquakv.cache import AquaCache
+from aquakv.baselines import Baseline
+from aquakv.cache import AquaCache, Footprint
 from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import DataError
+from aquakv.evaluation.baseline_pass import baseline_pass
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import ModelAdapter, adapt
 
@@ -44,7 +46,7 @@ class Quality:
     coded_bytes, coded_values
         Bytes of the compressed region and the values that it stands for.
     held_bytes, held_values
-        The same with all exact tokens; zero for the single-pass protocol, which holds no cache.
+        The same with all exact tokens; zero where the single-pass protocol holds no cache.
     original_values
         Values of all tokens fed, evicted ones included, where tokens are evicted.
     """
@@ -108,6 +110,13 @@ class Quality:
         """Measured bits, exact tokens included, per value of all tokens fed; None where none are evicted."""
         return 8 * self.held_bytes / self.original_values if self.original_values else None
 
+    def count(self, footprint: Footprint) -> None:
+        """Add what a cache holds."""
+        self.coded_bytes += footprint.coded_bytes if footprint.coded_values else 0
+        self.coded_values += footprint.coded_values
+        self.held_bytes += footprint.held_bytes
+        self.held_values += footprint.total_values
+
     def compare(self, exact: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add positions: logits ``[rows, tokens, vocabulary]`` of both, and the tokens that followed."""
         for start in range(0, logits.shape[1], _COMPARE_TOKENS):
@@ -148,7 +157,7 @@ class _Ticker:
 def evaluate_quality(
     model: PreTrainedModel,
     tokens: Tensor,
-    codecs: Mapping[str, ModelCodec | None],
+    codecs: Mapping[str, ModelCodec | Baseline | None],
     *,
     protocol: Protocol = "streaming",
     batch_size: int = 1,
@@ -164,14 +173,14 @@ def evaluate_quality(
     tokens
         ``[sequences, seq_len]`` int64 without padding; every token but each sequence's first is predicted.
     codecs
-        By name; None stands for the exact cache itself.
+        By name: codecs, and competitors that are fitted to the model; None stands for the exact cache itself.
     protocol
         ``streaming`` feeds the tokens block by block through an `AquaCache`; ``single-pass`` computes the
         same in one forward pass.
     batch_size
         Sequences at once.
     window
-        Which tokens stay exact; each codec's own choice if None.
+        Which tokens stay exact; each codec's own choice if None. Competitors keep to their papers'.
     progress
         Called after every batch.
 
@@ -181,6 +190,8 @@ def evaluate_quality(
         The sequences are longer than the model takes, or too short to predict anything.
     CodecMismatchError
         A codec belongs to another model.
+    ConfigError
+        A competitor was not fitted, or cannot be evaluated in a single pass.
     """
     adapter = adapt(model)
     sequences, seq_len = tokens.shape
@@ -189,8 +200,10 @@ def evaluate_quality(
     adapter.require_length(seq_len)
     fingerprint = adapter.fingerprint()
     for codec in codecs.values():
-        if codec is not None:
+        if isinstance(codec, ModelCodec):
             codec.fingerprint.require_match(fingerprint)
+        elif codec is not None and protocol == "single-pass":
+            codec.require_single_pass()
     results = {name: Quality() for name in codecs}
     tick = _Ticker(sequences * (1 + len(codecs)), progress)
     for batch in tokens.split(batch_size):
@@ -212,7 +225,7 @@ def evaluate_quality(
 
 def _compressed_logits(
     adapter: ModelAdapter,
-    codec: ModelCodec | None,
+    codec: ModelCodec | Baseline | None,
     protocol: Protocol,
     window: WindowConfig | None,
     batch: Tensor,
@@ -222,6 +235,10 @@ def _compressed_logits(
     """Yield ``(first position, logits)`` of a batch, piece by piece."""
     if codec is None:
         return iter([(0, exact)])
+    if isinstance(codec, Baseline):
+        if protocol == "single-pass" and not codec.encodes_at_once:
+            return _baseline_one_pass(adapter, codec, batch, quality)
+        return _baseline_stream(adapter, codec, batch, quality)
     run = _stream if protocol == "streaming" else _one_pass
     return run(adapter, codec, window or codec.config.window, batch, quality)
 
@@ -240,11 +257,7 @@ def _stream(
         part = batch[:, start:end]
         yield start, adapter.model(input_ids=part, past_key_values=cache, use_cache=True).logits
         start = end
-    footprint = cache.footprint()
-    quality.coded_bytes += footprint.coded_bytes if footprint.coded_values else 0
-    quality.coded_values += footprint.coded_values
-    quality.held_bytes += footprint.held_bytes
-    quality.held_values += footprint.total_values
+    quality.count(cache.footprint())
 
 
 def _one_pass(
@@ -254,4 +267,28 @@ def _one_pass(
         logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
     quality.coded_bytes += cache.coded_bytes
     quality.coded_values += cache.coded_values
+    yield 0, logits
+
+
+def _baseline_stream(
+    adapter: ModelAdapter, baseline: Baseline, batch: Tensor, quality: Quality
+) -> Iterator[tuple[int, Tensor]]:
+    """Do what `_stream` does, with a competitor's cache.
+
+    What is encoded before it is attended to gives the same in passes of any length.
+    """
+    cache, start = baseline.cache(adapter.model), 0
+    for end in baseline.pass_ends(batch.shape[1]):
+        part = batch[:, start:end]
+        yield start, adapter.model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        start = end
+    quality.count(baseline.footprint(cache))
+
+
+def _baseline_one_pass(
+    adapter: ModelAdapter, baseline: Baseline, batch: Tensor, quality: Quality
+) -> Iterator[tuple[int, Tensor]]:
+    with baseline_pass(adapter, baseline) as cache:
+        logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
+    quality.count(cache.footprint())
     yield 0, logits

@@ -8,7 +8,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
@@ -115,13 +115,7 @@ class SinglePassCache(Cache):
 @contextmanager
 def single_pass(adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig) -> Iterator[SinglePassCache]:
     """Give a cache for one forward pass over whole sequences, with the attention that it needs."""
-    implementation = getattr(adapter.config, "_attn_implementation", "eager")
-    if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"single-pass evaluation needs attn_implementation sdpa or eager, got {implementation!r}; "
-            "load the model with one of these or use the streaming protocol"
-        )
-    handles = []
+    implementation = required_implementation(adapter)
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Any:
         inner = attention_function(module, implementation)
@@ -132,6 +126,25 @@ def single_pass(adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig) 
             outputs.append(inner(module, query[:, :, queries], *parts, mask, **kwargs)[0])
         return torch.cat(outputs, 1), None
 
+    with attending_by(adapter, attend):
+        yield SinglePassCache(adapter, codec, window)
+
+
+def required_implementation(adapter: ModelAdapter) -> str:
+    """Return how a model attends, if single-pass evaluation can stand in for it."""
+    implementation = getattr(adapter.config, "_attn_implementation", "eager")
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"single-pass evaluation needs attn_implementation sdpa or eager, got {implementation!r}; "
+            "load the model with one of these or use the streaming protocol"
+        )
+    return implementation
+
+
+@contextmanager
+def attending_by(adapter: ModelAdapter, attend: Callable[..., Any]) -> Iterator[None]:
+    """Let the compressed layers attend by another function, which is called as transformers' are."""
+    handles = []
     modules: list[Any] = [adapter.layers[index].self_attn for index in adapter.compressed_layers]
     found = {module: _config(adapter, module)._attn_implementation for module in modules}
 
@@ -144,16 +157,15 @@ def single_pass(adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig) 
     AttentionInterface.register(_NAME, attend)
     try:
         # Only while these modules run: masks for other layers are made by the name of the implementation.
-        for index in adapter.compressed_layers:
-            attention: Any = adapter.layers[index].self_attn
+        for attention in modules:
             handles.append(attention.register_forward_pre_hook(begin))
             handles.append(attention.register_forward_hook(end, always_call=True))
-        yield SinglePassCache(adapter, codec, window)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for index in adapter.compressed_layers:  # an interrupt inside a module skips its hooks
-            end(adapter.layers[index].self_attn)
+        for attention in modules:  # an interrupt inside a module skips its hooks
+            end(attention)
         AttentionInterface._global_mapping.pop(_NAME, None)
 
 
