@@ -88,7 +88,9 @@ def test_memory_of_prefill_and_of_several_steps(codecs):
     for row, other in zip(rows, whole, strict=True):
         assert (row["steps"], row["prefill_chunk"], other["prefill_chunk"]) == (10, 50, 120)
         assert row["held_bytes"] < row["prefill_peak_bytes"]
-        assert row["held_bytes"] == other["held_bytes"]
+        # Later chunks attend to what earlier ones were compressed to, so other tokens may be outliers.
+        held, others = (one["held_bytes"] - (one["outlier_bytes"] or 0) for one in (row, other))
+        assert held == others
         assert row["steady_bytes"] < row["peak_bytes"]
     exact, general, fused, _ = rows
     assert exact["steady_bytes"] == 2 * 3 * 130 * 32 * 4
