@@ -1,6 +1,6 @@
 """Encoding and reconstructing 8192 tokens of one Llama-3.1-8B layer on a GPU, against the layer's prefill.
 
-    python benchmarks/encode_kernels.py --out benchmarks/results/encode-h100.json
+    python benchmarks/encode_kernels.py --out benchmarks/results/encode-h200.json
 
 Codes are first compared with those of the torch definition of the same precision (float16) and with the
 float32 definition's; coefficients of grids with `GridQuantizer.dequantize`. Then medians over replays of CUDA

@@ -1,6 +1,6 @@
 """Decode steps of a whole model, random weights of Llama-3.1-8B's shapes: exact caches against `AquaCache`.
 
-    python benchmarks/end_to_end.py --out benchmarks/results/end-to-end-h100.json
+    python benchmarks/end_to_end.py --out benchmarks/results/end-to-end-h200.json
     python benchmarks/end_to_end.py --model small --batch 2 --context 260 --out /tmp/smoke.json    # on a CPU
 
 Caches are filled without a prefill: exact ones with random numbers, `AquaCache` with random codes, scales and

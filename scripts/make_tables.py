@@ -205,7 +205,7 @@ def encode_precision() -> str:
 
 
 def encode_kernels() -> str:
-    content, all_rows = rows("encode-h100")
+    content, all_rows = rows("encode-h200")
     lines = ["| operation | setting | µs | of a layer's prefill |", "| --- | --- | --- | --- |"]
     for row in all_rows:
         ratio = f"{100 * row['ratio_to_prefill']:.1f} %" if "ratio_to_prefill" in row else ""
@@ -214,6 +214,38 @@ def encode_kernels() -> str:
     lines += [
         "",
         f"{all_rows[0]['shape']} tokens, medians; torch {content['versions']['torch']}, {content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
+def end_to_end() -> str:
+    content, all_rows = rows("end-to-end-h200")
+    lines = [
+        "| sequences x tokens | cache | ms a step | mean ms | tokens/s | of the exact cache's | cache, GiB |",
+        "| --- " * 7 + "|",
+    ]
+    exact: dict[str, float] = {}
+    for row in all_rows:
+        name = row["contestant"].removesuffix(", graph")
+        if row.get("out_of_memory"):
+            lines.append(f"| {row['shape']} | {name} | does not fit |  |  |  |  |")
+            continue
+        if not row["setting"]:
+            exact[row["shape"]] = row["tokens_per_second"]
+        ratio = f"{row['tokens_per_second'] / exact[row['shape']]:.2f}" if row["shape"] in exact else ""
+        cells = [
+            row["shape"],
+            f"{name}, {row['setting']}" if row["setting"] else name,
+            f"{row['median_ms']:.1f}",
+            f"{row['mean_ms']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            ratio,
+            f"{row['held_bytes'] / 2**30:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Steps in CUDA graphs; torch {content['versions']['torch']}, {content['device']}.",
     ]
     return "\n".join(lines)
 
@@ -386,6 +418,7 @@ def calibration_precision() -> str:
 
 TABLES = {
     "competitors": competitors,
+    "end_to_end": end_to_end,
     "calibration": calibration,
     "calibration_precision": calibration_precision,
     "quality": quality,

@@ -202,6 +202,8 @@ def _moment_flop(config: CodecConfig, features: int) -> float:
     history, current = _kept_tensors(config)
     if config.predictor.kind == "linear":
         flop += 2.0 * features * features * (history + current)
+    if config.transform.kind == "klt":
+        flop += 2.0 * features * features * len(widths)  # what residuals leave
     return flop
 
 
@@ -211,7 +213,9 @@ def _encode_flop(config: CodecConfig, features: int, head_dim: int) -> float:
     flop = 0.0
     for kind, width in widths.items():
         rank = config.predictor.key_rank if kind == "keys" else config.predictor.value_rank
-        flop += 2.0 * (width * features if rank is None else rank * (width + features))
+        predict = 2.0 * (width * features if rank is None else rank * (width + features))
+        # Where a transform is fitted, its residuals are formed once more.
+        flop += predict * (2 if config.transform.kind == "klt" else 1)
         flop += 4.0 * features * features
         flop += 2.0 * features * head_dim * (config.guard.threshold is not None)
     return flop
