@@ -9,8 +9,17 @@ VERSIONS := 5.17 5.24
 VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.py \
 	tests/unit/test_streamed_calibration.py tests/unit/test_baseline_cache.py
 
+# Parts of the tests that run side by side, two at a time, the longest first. Long runs are alone in their process:
+# they watch what piles up in it.
+TEST_PARTS := test-first-units test-units test-models test-kernels test-soak
+test-first-units: TESTS := tests/unit/test_[a-d]*.py
+test-units: TESTS := tests/unit/test_[!a-d]*.py
+test-models: TESTS := tests/integration tests/format tests/numerics
+test-kernels: TESTS := tests/kernels
+test-soak: TESTS := tests/soak
+
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo test test-models test-rest versions soak lint types bench clean
+.PHONY: install demo test $(TEST_PARTS) compatibility versions soak lint types bench clean
 
 install: $(STAMP)
 
@@ -28,16 +37,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/aquakv demo
 
-# In two halves side by side, a core each: threads of two processes on two cores would hold each other up.
+# A core each: threads of two processes on two cores would hold each other up.
 test: install
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync -j 2 test-models test-rest
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync -j 2 $(TEST_PARTS) compatibility
+
+$(TEST_PARTS): install
+	$(BIN)/python -m pytest $(TESTS)
+
+compatibility: install
 	$(BIN)/python scripts/make_compatibility.py --check
-
-test-models: install
-	$(BIN)/python -m pytest tests/integration tests/format tests/numerics
-
-test-rest: install
-	$(BIN)/python -m pytest tests/kernels tests/unit tests/soak
 
 versions: $(VERSIONS:%=version-%)
 

@@ -126,11 +126,11 @@ def test_a_saved_cache_goes_back_to_its_devices(spread, tmp_path):
     assert torch.equal(feed(model, loaded, more, [1, 8]).cpu(), feed(model, cache, more, [1, 8]).cpu())
 
 
-@pytest.mark.parametrize(("name", "waiting"), [("paper", "model"), ("decode", "model"), ("decode", "cpu")])
+@pytest.mark.parametrize(("name", "waiting"), [("paper", "none"), ("decode", "none"), ("decode", "all")])
 def test_calibration(spread, name, waiting):
     config, tokens = dataclasses.replace(preset(name), window=WINDOW), random_tokens(8, 48, seed=1)
     model = spread(build())
-    codec = calibrate(model, tokens, config, activation_device=waiting)
+    codec = calibrate(model, tokens, config, offload=waiting)
     assert codec.calibration["device"] == f"{HERE}, {THERE}"
     alone = calibrate(spread(build(), [HERE]), tokens, config)
     mine, theirs = (one.content()[1] for one in (codec, alone))
