@@ -23,7 +23,7 @@ from aquakv.models.placement import callable_alone, execution_device, weight_of
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
-from aquakv.models.weights import ALWAYS_THERE, LayerWeights, find_decoder
+from aquakv.models.weights import ALWAYS_THERE, LayerWeights, find_decoder, name_of
 
 #: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
 #: cannot be undone with another.
@@ -113,11 +113,11 @@ class ModelAdapter:
 
     def part(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
         """Have any other module of the model ready to be called by itself, likewise."""
-        return callable_alone(self.model, _name_of(self.model, module))
+        return callable_alone(self.model, name_of(self.model, module))
 
     @cached_property
     def _decoder_name(self) -> str:
-        return _name_of(self.model, self.decoder)
+        return name_of(self.model, self.decoder)
 
     def layer_name(self, layer_idx: int) -> str:
         """Return what a decoder layer is called in the model."""
@@ -332,10 +332,6 @@ def adapt(model: PreTrainedModel, weights: LayerWeights = ALWAYS_THERE) -> Model
         found.unrotated,
         weights,
     )
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, one in model.named_modules() if one is module)
 
 
 def _rope_types(parameters: Any) -> set[str]:

@@ -191,7 +191,7 @@ class StreamedWeights:
     @contextmanager
     def probed(self, layer_idx: int, attention: nn.Module) -> Iterator[None]:
         """Give an attention random weights: how it rotates keys does not depend on which."""
-        prefix = f"{_name_of(self.model, attention)}."
+        prefix = f"{name_of(self.model, attention)}."
         names = [name for name in self.tensors_of(layer_idx) if name.startswith(prefix)]
         self._materialise(names, RandomWeights(quick=True))
         try:
@@ -253,12 +253,12 @@ def place_tensor(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 def _parts(model: PreTrainedModel, decoder: nn.Module, names: list[str]) -> dict[Part, list[str]]:
     """Return the names of each part's tensors; those outside the text decoder belong to none."""
-    stem = _name_of(model, decoder)
+    stem = name_of(model, decoder)
     stem = f"{stem}." if stem else ""
     layers: Any = decoder.layers
     parts: dict[Part, list[str]] = {"input": [], **{index: [] for index in range(len(layers))}, "output": []}
     head = model.get_output_embeddings()
-    head_stem = None if head is None else f"{_name_of(model, head)}."
+    head_stem = None if head is None else f"{name_of(model, head)}."
     for name in names:
         if name.startswith(f"{stem}layers."):
             parts[int(name.removeprefix(f"{stem}layers.").split(".", 1)[0])].append(name)
@@ -269,7 +269,8 @@ def _parts(model: PreTrainedModel, decoder: nn.Module, names: list[str]) -> dict
     return parts
 
 
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return what a module is called in a model; raises `UnsupportedModelError` if it is no part of it."""
     name = next((name for name, module in model.named_modules() if module is wanted), None)
     if name is None:
         raise UnsupportedModelError(f"{type(model).__name__}: {type(wanted).__name__} is no part of it")
