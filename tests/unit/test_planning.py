@@ -100,14 +100,16 @@ def test_the_covariance_of_what_is_left_is_as_exact_as_it_is_small(left):
     targets = (exact + noise).float()
     moments = InputMoments((2, 1), torch.device("cpu"))
     moments.add("a", list(inputs.split(2)))
-    got = moments.residual_covariance(["a"], list(targets.split(2)), (weight,))
+    batches = list(targets.split(2))
+    mean, count = moments.mean(batches)
+    got = moments.residual_covariance(["a"], batches, (weight,), mean, count)
     own = (targets.double() - exact)[:3].flatten(0, 1)
     expected = (own - own.mean(0)).T @ (own - own.mean(0)) / len(own)
     assert got.dtype == torch.float64
     # Targets of some 100 are rounded to 4e-6, by the codec's prediction in float32 as well.
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-3 * left**2 + 1e-10)
     two = torch.eye(6)[:, :4], torch.ones(4, 5)
-    assert float(moments.residual_covariance(["a"], list(targets.split(2)), two).diagonal().min()) > 1
+    assert float(moments.residual_covariance(["a"], batches, two, mean, count).diagonal().min()) > 1
 
 
 def test_forgotten_inputs_are_gone():

@@ -123,20 +123,20 @@ def calibrate_many(
     job = _Job.of(adapter, tokens, configs, batch_size, held_out, offload, planned_layers)
     started = time.perf_counter()
     group = Group.current(adapter.device)
-    hashes: list[str] = []
+    identities: list[str] = []
     fits = {name: job.fit(config, group) for name, config in configs.items()}
     if store is not None:
         store.open(job.identity(), group)
-        hashes = store.restore_layers(list(fits.values()))
+        identities = store.restore_layers(list(fits.values()))
     kept = None if store is None else store.load_plan()
-    ticker = job.ticker(group, len(hashes), kept is not None, progress)
+    ticker = job.ticker(group, len(identities), kept is not None, progress)
     observations: list[LayerObservation] = []
     plans, harm = kept or ({}, None)
     if kept is None and job.observed:
         plans, harm, observations = job.plan(ticker)
         if store is not None:
             store.save_plan(plans, harm)
-    if job.observed < len(tokens) or group.size > 1 or hashes:
+    if job.observed < len(tokens) or group.size > 1 or identities:
         observations = []
     for name, fit in fits.items():
         fit.begin(plans.get(name, Plan()), ticker)
@@ -144,7 +144,7 @@ def calibrate_many(
     if observations:
         sweep.over(observations)
     else:
-        sweep.over_model(hashes)
+        sweep.over_model(identities)
     shared = {
         **(record or {}),
         "sequences": len(tokens),
@@ -293,12 +293,12 @@ class _Sweep:
             self.ticker.reach(observation.layer)
             self._fit(observation)
 
-    def over_model(self, hashes: Sequence[str]) -> None:
-        """Observe and fit layer after layer; those finished, of which these are the hashes, are replayed."""
+    def over_model(self, identities: Sequence[str]) -> None:
+        """Observe and fit layer after layer; finished ones, whose identities these are, are replayed."""
         adapter, job = self.job.adapter, self.job
-        if len(hashes) == len(adapter.compressed_layers):
-            self._check_hash(adapter.compressed_layers[0], hashes)
-            self._note_hashes(adapter.compressed_layers[-1] + 1, hashes)
+        if len(identities) == len(adapter.compressed_layers):
+            self._check_identity(adapter.compressed_layers[0], identities)
+            self._note_identities(adapter.compressed_layers[-1] + 1, identities)
             return
         batches = job.tokens.split(job.batch_size)[self.group.rank :: self.group.size]
         empty = job.tokens[:0]
@@ -307,16 +307,16 @@ class _Sweep:
             adapter, job.batch_size, job.waiting, self.ticker, job.observed > 0, self.ticker.reach, self.group
         )
         start, done = 0, 0
-        if hashes:
+        if identities:
             assert self.store is not None
-            done = adapter.compressed_layers[len(hashes) - 1] + 1
-            self._check_hash(adapter.compressed_layers[len(hashes) - 1], hashes)
+            done = adapter.compressed_layers[len(identities) - 1] + 1
+            self._check_identity(adapter.compressed_layers[len(identities) - 1], identities)
             start = self.store.restore_activations(walk, self.fits, job.waiting.vectors)
-            self._note_hashes(start, hashes)
+            self._note_identities(start, identities)
             with self.ticker.phase("replay"):
                 for layer_idx, observation in observer.steps(walk, done, start, weights=False):
                     if observation is not None:
-                        self._check_hash(layer_idx, hashes)
+                        self._check_identity(layer_idx, identities)
                         self._replay(observation)
             self.store.restore_moments(self.fits)
         with self.ticker.phase("observe"):
@@ -346,18 +346,18 @@ class _Sweep:
                 [batch[:, sinks:] for batch in observation.values],
             )
 
-    def _note_hashes(self, start: int, hashes: Sequence[str]) -> None:
-        """Take over the hashes of layers that need not be read again; check them where that costs nothing."""
+    def _note_identities(self, start: int, identities: Sequence[str]) -> None:
+        """Take over identities of layers that need not be read again; check them where that is free."""
         noted = self.job.adapter.weights.identities
-        for layer_idx, found in zip(self.job.adapter.compressed_layers, hashes, strict=False):
+        for layer_idx, found in zip(self.job.adapter.compressed_layers, identities, strict=False):
             if noted is None:
-                self._check_hash(layer_idx, hashes)
+                self._check_identity(layer_idx, identities)
             elif layer_idx < start:
                 noted.setdefault(layer_idx, found)
 
-    def _check_hash(self, layer_idx: int, hashes: Sequence[str]) -> None:
+    def _check_identity(self, layer_idx: int, identities: Sequence[str]) -> None:
         order = self.job.adapter.compressed_layers.index(layer_idx)
-        if self.job.adapter.layer_identity(layer_idx) != hashes[order]:
+        if self.job.adapter.layer_identity(layer_idx) != identities[order]:
             raise CheckpointError(
                 f"the interrupted calibration was of other weights: layer {layer_idx} differs; calibrate "
                 "with the same model, or without --resume"

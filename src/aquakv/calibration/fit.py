@@ -291,7 +291,9 @@ class CodecFit:
             if predictor is None:
                 covariance = moments.scatter_yy / max(moments.count, 1)
             else:
-                covariance = self.inputs.residual_covariance(names, targets, predictor.factors)
+                covariance = self.inputs.residual_covariance(
+                    names, targets, predictor.factors, moments.mean_y, moments.count
+                )
             size = float((metric.matrix * moments.scatter_yy).sum()) / max(moments.count, 1) / len(offset)
             codec = self._fitted_codec(
                 kind, covariance, offset, predictor, metric, importance / max(size, 1e-30)

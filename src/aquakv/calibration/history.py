@@ -94,7 +94,7 @@ class InputMoments:
         return StreamingMoments.of_parts(count, mean_x, mean, scatter, cross, products[-1])
 
     def residual_covariance(
-        self, names: Sequence[str], targets: Batches, factors: Sequence[Tensor]
+        self, names: Sequence[str], targets: Batches, factors: Sequence[Tensor], mean: Tensor, count: int
     ) -> Tensor:
         """Return the covariance of what a linear map leaves of targets, ``[width, width]`` float64.
 
@@ -110,8 +110,9 @@ class InputMoments:
             Batches ``[sequences, tokens, width]``.
         factors
             Matrices in any float dtype, whose product ``[inputs, width]`` is the map.
+        mean, count
+            Of the targets, as `mean` and `regression` return them.
         """
-        mean, count = self.mean(targets)
         target = Source("", targets, mean)
         chosen = [self.sources[name] for name in names]
         maps = [factor.to(device=self.device, dtype=torch.float32) for factor in factors]

@@ -112,7 +112,7 @@ class RunStore:
             plans[name] = Plan(None if planes is None else tuple(planes), theta, step, model)
         return plans, content["harm"]
 
-    def save_layer(self, fits: Sequence[CodecFit], layer_hash: str) -> None:
+    def save_layer(self, fits: Sequence[CodecFit], layer_identity: str) -> None:
         """Keep the layer that the fits finished last."""
         order = len(fits[0].layers) - 1
         moments: dict[str, Tensor] = {}
@@ -128,35 +128,35 @@ class RunStore:
         content = {"sources": [list(fit.inputs.sources) for fit in fits]}
         self._write(f"moments-{order:05}", content, moments)
         records = [fit.record[-1] for fit in fits]
-        self._write(f"layer-{order:05}", {"records": records, "hash": layer_hash}, codecs)
+        self._write(f"layer-{order:05}", {"records": records, "layer_identity": layer_identity}, codecs)
         if self.group.rank == 0:
             (self.directory / f"moments-{order - 1:05}.safetensors").unlink(missing_ok=True)
 
     def restore_layers(self, fits: Sequence[CodecFit]) -> list[str]:
-        """Give fits the layers that are finished; return the hashes of the model's layers then."""
-        hashes: list[str] = []
+        """Give fits the layers that are finished; return the identities of the model's layers then."""
+        identities: list[str] = []
         tensors: dict[str, Tensor] = {}
-        while (path := self.directory / f"layer-{len(hashes):05}.safetensors").is_file():
+        while (path := self.directory / f"layer-{len(identities):05}.safetensors").is_file():
             content, found = self._read(path)
-            hashes.append(content["hash"])
+            identities.append(content["layer_identity"])
             tensors.update(found)
             for fit, record in zip(fits, content["records"], strict=True):
                 fit.record.append(record)
         for number, fit in enumerate(fits):
-            if hashes:
+            if identities:
                 stem = f"{number}."
                 own = {k.removeprefix(stem): v for k, v in tensors.items() if k.startswith(stem)}
                 codec = ModelCodec.from_content(
                     {
                         "config": self.identity["configs"][number],
-                        "fingerprint": vars(_first(fit.fingerprint, len(hashes))),
+                        "fingerprint": vars(_first(fit.fingerprint, len(identities))),
                         "calibration": {},
                     },
                     own,
                     str(self.directory),
                 )
                 fit.layers.extend(codec.layers)
-        return hashes
+        return identities
 
     def restore_moments(self, fits: Sequence[CodecFit]) -> None:
         """Give fits the moments behind the last finished layer, once that has been replayed."""

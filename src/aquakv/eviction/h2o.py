@@ -11,8 +11,7 @@ from aquakv.eviction.policy import (
     EvictionPolicy,
     PassScores,
     budget_of,
-    highest,
-    newest,
+    newest_and_highest,
     require_count,
     require_keep,
 )
@@ -71,6 +70,5 @@ class H2O(EvictionPolicy):
             if excess <= 0:
                 continue
             due |= excess >= self.every
-            latest = newest(held, round(self.recent * budget))
-            stays[row] = latest | highest(found.scores[row], held & ~latest, budget - int(latest.sum()))
+            stays[row] = newest_and_highest(found.scores[row], held, budget, round(self.recent * budget))
         return stays if due else None

@@ -80,6 +80,15 @@ def require_count(name: str, what: str, value: int, least: int) -> None:
         raise ConfigError(f"{name}: {what}: expected a whole number from {least} on, got {value!r}")
 
 
+def newest_and_highest(scores: Tensor, held: Tensor, budget: int, recent: int) -> Tensor:
+    """Return the newest ``recent`` of the tokens held, and of the others those with the highest scores.
+
+    Takes and returns ``[columns]``; ``budget`` tokens in all, or ``recent`` if that is more.
+    """
+    latest = newest(held, recent)
+    return latest | highest(scores, held & ~latest, budget - int(latest.sum()))
+
+
 def newest(held: Tensor, count: int) -> Tensor:
     """Return which are the newest ``count`` of the tokens held, ``[columns]`` bool."""
     return held & (held.flip(0).cumsum(0).flip(0) <= count)

@@ -12,8 +12,7 @@ from aquakv.eviction.policy import (
     EvictionPolicy,
     PassScores,
     budget_of,
-    highest,
-    newest,
+    newest_and_highest,
     require_count,
     require_keep,
 )
@@ -73,6 +72,5 @@ class SnapKV(EvictionPolicy):
         stays = found.held.clone()
         for row, held in enumerate(found.held):
             budget = budget_of(self.keep, int(found.fed[row]))
-            latest = newest(held, self.window)
-            stays[row] = latest | highest(scores[row], held & ~latest, budget - int(latest.sum()))
+            stays[row] = newest_and_highest(scores[row], held, budget, self.window)
         return stays

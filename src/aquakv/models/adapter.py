@@ -19,11 +19,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from aquakv.codec import ModelFingerprint
 from aquakv.codec.fingerprint import sample_text
 from aquakv.errors import DataError, UnsupportedModelError
-from aquakv.models.placement import callable_alone, execution_device, weight_of
+from aquakv.models.placement import callable_alone, execution_device, name_of, weight_of
 from aquakv.models.probe import Findings, ProbeError, probe
 from aquakv.models.rotary import LAYOUTS, RotaryLayout, RotaryTables
 from aquakv.models.versions import fresh_layers
-from aquakv.models.weights import ALWAYS_THERE, LayerWeights, find_decoder, name_of
+from aquakv.models.weights import ALWAYS_THERE, LayerWeights, find_decoder
 
 #: Rotary types whose frequencies change when a sequence outgrows a length: what was rotated with one table
 #: cannot be undone with another.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from aquakv.errors import ModelError, UnsupportedModelError
+from aquakv.models.placement import owner_of
 from aquakv.models.weights import place_tensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -168,11 +169,9 @@ class CheckpointWeights:
                 f"another shape (first {wrong[0]}); copy both from the same place"
             )
         for name, source in aliases.items():
-            path, _, leaf = name.rpartition(".")
-            place_tensor(model.get_submodule(path), leaf, _tensor(model, source))
+            place_tensor(*owner_of(model, name), _tensor(model, source))
         for source, tensor in kept.items():
-            path, _, leaf = source.rpartition(".")
-            place_tensor(model.get_submodule(path), leaf, tensor)
+            place_tensor(*owner_of(model, source), tensor)
 
     def _open(self, name: str) -> Any:
         try:
@@ -202,8 +201,7 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _tensor(model: PreTrainedModel, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
+    return getattr(*owner_of(model, name))
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

@@ -20,6 +20,8 @@ from aquakv.models.demo import demo_model_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from aquakv.models.adapter import ModelAdapter
+
 _log = logging.getLogger(__name__)
 
 DEMO = "demo"
@@ -50,6 +52,13 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     path: str
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """For `aquakv.calibrate`, as a streamed model has it."""
+        from aquakv.models.adapter import adapt
+
+        return adapt(self.model)
 
 
 def load_model(

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aquakv.errors import UnsupportedModelError
+
 
 def execution_device(root: nn.Module, module: nn.Module) -> torch.device | None:
     """Return the device that a module in ``root`` computes on; None if nothing tells.
@@ -29,9 +31,22 @@ def execution_device(root: nn.Module, module: nn.Module) -> torch.device | None:
         for tensor in (*part._parameters.values(), *part._buffers.values()):
             if tensor is not None and tensor.device.type != "meta":
                 return tensor.device
-    name = next(name for name, one in root.named_modules() if one is module)
-    above = (_hooked_device(one) for one in reversed(_path(root, name)))
+    above = (_hooked_device(one) for one in reversed(_path(root, name_of(root, module))))
     return next((device for device in above if device is not None), None)
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return what a module is called in a model; raises `UnsupportedModelError` if it is no part of it."""
+    name = next((name for name, module in model.named_modules() if module is wanted), None)
+    if name is None:
+        raise UnsupportedModelError(f"{type(model).__name__}: {type(wanted).__name__} is no part of it")
+    return name
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that has a parameter or buffer of that name in a model, and what it calls it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def _hooked_device(module: nn.Module) -> torch.device | None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aquakv.errors import ModelError, UnsupportedModelError
+from aquakv.errors import ModelError
+from aquakv.models.placement import name_of, owner_of
 
 #: A decoder layer by its index; what comes before the layers; or what comes after them.
 Part = int | Literal["input", "output"]
@@ -95,8 +96,7 @@ class RandomWeights:
     def read(self, model: PreTrainedModel, names: list[str], device: torch.device) -> None:
         """Make the named tensors on a device."""
         for name in names:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
+            module, leaf = owner_of(model, name)
             old: Tensor = getattr(module, leaf)
             new = torch.empty(old.shape, dtype=old.dtype, device=device)
             if not old.is_floating_point() or leaf == "bias":
@@ -212,7 +212,7 @@ class StreamedWeights:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             reader.read(self.model, names, self.device)
             for name in names:
-                module, leaf = self._owner(name)
+                module, leaf = owner_of(self.model, name)
                 tensor: Tensor = getattr(module, leaf)
                 if tensor.device.type == "meta":
                     raise ModelError(f"the weights are incomplete: tensor {name} is missing")
@@ -226,12 +226,8 @@ class StreamedWeights:
             # The memory goes back to the stream that reads ahead: kernels must be done with it.
             torch.cuda.current_stream(self.device).synchronize()
         for name in names:
-            module, leaf = self._owner(name)
+            module, leaf = owner_of(self.model, name)
             place_tensor(module, leaf, self._absent[name])
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return self.model.get_submodule(path), leaf
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:
@@ -267,14 +263,6 @@ def _parts(model: PreTrainedModel, decoder: nn.Module, names: list[str]) -> dict
         elif name.startswith(stem):
             parts["input"].append(name)
     return parts
-
-
-def name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """Return what a module is called in a model; raises `UnsupportedModelError` if it is no part of it."""
-    name = next((name for name, module in model.named_modules() if module is wanted), None)
-    if name is None:
-        raise UnsupportedModelError(f"{type(model).__name__}: {type(wanted).__name__} is no part of it")
-    return name
 
 
 def _seed(name: str) -> int:

@@ -20,7 +20,6 @@ from aquakv.evaluation.bench import Row
 from aquakv.evaluation.bench_calibrate import CalibrationBench, synthetic, write_synthetic
 from aquakv.evaluation.results import SCHEMA_VERSION, environment, write_json
 from aquakv.files import require_writable
-from aquakv.models.adapter import adapt
 from aquakv.models.loading import resolve_device
 from aquakv.models.streaming import open_streamed, stream_directory
 
@@ -85,7 +84,7 @@ def calibrate(
         )
     else:
         opened = open_streamed(model, dtype.value, device) if stream else options.load(model, dtype, device)
-        adapter = getattr(opened, "adapter", None) or adapt(opened.model)
+        adapter = opened.adapter
         tokens = token_sequences([data], opened.tokenizer, samples, seq_len, data_dir)
         shape, total = model, len(adapter.layers)
         contestant = f"{model} {'streamed' if stream else 'in memory'}"

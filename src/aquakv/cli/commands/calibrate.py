@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import torch
 import typer
 
 from aquakv.calibration import CalibrationProgress, RunStore
@@ -20,9 +21,8 @@ from aquakv.config import PRESETS, preset
 from aquakv.data import describe, token_sequences
 from aquakv.errors import ConfigError
 from aquakv.files import require_writable
-from aquakv.models.adapter import adapt
-from aquakv.models.loading import resolve_device
-from aquakv.models.streaming import open_streamed, weight_bytes
+from aquakv.models.loading import LoadedModel, resolve_device
+from aquakv.models.streaming import StreamedModel, open_streamed, weight_bytes
 
 #: Texts that are on every machine with Python, and unlike each other.
 DEFAULT_DATA = ["pydoc:train", "stdlib:train"]
@@ -93,7 +93,7 @@ def calibrate(
         first = Group.current(place).rank == 0
         with _reports(log, first) as report:
             codec = run_calibration(
-                getattr(opened, "adapter", None) or adapt(opened.model),
+                opened.adapter,
                 tokens,
                 config,
                 batch_size=batch_size,
@@ -118,7 +118,9 @@ def calibrate(
     )
 
 
-def _open(model: str, stream: bool | None, dtype: options.Dtype, place: Any) -> Any:
+def _open(
+    model: str, stream: bool | None, dtype: options.Dtype, place: torch.device
+) -> LoadedModel | StreamedModel:
     """Load a model, or open it to be read layer by layer."""
     if stream is None:
         on_device, on_host = free_bytes(place)
