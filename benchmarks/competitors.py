@@ -11,21 +11,18 @@ that is there already are kept, unless their contestant is measured anew: long r
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from aquakv import ModelCodec, Quality, calibrate_many, evaluate_quality, preset
-from aquakv.baselines import Baseline, baseline
+from aquakv import Quality, evaluate_quality
+from aquakv.baselines import Baseline
 from aquakv.data import token_sequences
+from aquakv.evaluation.methods import Method, prepare
 from aquakv.evaluation.quality import PROTOCOLS, Protocol
 from aquakv.evaluation.results import quality_fields, write_benchmark
-from aquakv.models.loading import LoadedModel, load_model
+from aquakv.models.loading import load_model
 
 CONTESTANTS = [
     "storage 1.25",
@@ -50,35 +47,9 @@ CONTESTANTS = [
 GROUP = 4
 
 
-def contestants(
-    names: list[str], loaded: LoadedModel, tokens: torch.Tensor
-) -> dict[str, ModelCodec | Baseline]:
-    """Return what is measured, fitted to the model; a competitor's fit serves all its rates."""
-    configs = {name: preset(*_preset_and_bits(name)) for name in names if " " in name}
-    codecs = calibrate_many(loaded.model, tokens, configs) if configs else {}
-    found: dict[str, ModelCodec | Baseline] = {}
-    fits: dict[str, Any] = {}
-    for name in names:
-        if name in codecs:
-            found[name] = codecs[name]
-            continue
-        method: Any = baseline(name)
-        if method.needs_fit:
-            if method.name not in fits:
-                fits[method.name] = method.fit(loaded.model, tokens)
-            method = dataclasses.replace(fits[method.name], bits=method.bits, window=method.window)
-        found[name] = method
-    return found
-
-
-def _preset_and_bits(name: str) -> tuple[str, float]:
-    kind, bits = name.split()
-    return kind, float(bits)
-
-
 def grouped(
-    found: dict[str, ModelCodec | Baseline],
-) -> Iterator[tuple[Protocol, dict[str, ModelCodec | Baseline]]]:
+    found: dict[str, Method],
+) -> Iterator[tuple[Protocol, dict[str, Method]]]:
     """Yield groups of contestants with the protocol that all of them allow."""
     for protocol in PROTOCOLS[::-1]:
         some = [
@@ -134,7 +105,7 @@ def main() -> None:
     for row in rows:
         if {name: row[name] for name in setting} != setting:
             raise SystemExit(f"{options.out} was measured otherwise; remove it, or give it the same options")
-    for protocol, group in grouped(contestants(options.contestants, loaded, tokens)):
+    for protocol, group in grouped(prepare(options.contestants, loaded.model, tokens)):
         started = time.perf_counter()
         qualities = evaluate_quality(loaded.model, evaluated, group, protocol=protocol)
         print(f"{protocol}: {time.perf_counter() - started:.0f} s")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from aquakv.baselines import BASELINES, Baseline, baseline
-from aquakv.cli import options
-from aquakv.cli.commands.calibrate import DEFAULT_DATA
-from aquakv.codec import ModelCodec
+from aquakv.cli import measured, options
 from aquakv.config import WindowConfig
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
@@ -22,14 +17,12 @@ from aquakv.evaluation.quality import Quality, evaluate_quality
 from aquakv.evaluation.results import (
     SCHEMA_VERSION,
     environment,
-    file_sha256,
     pruned_quality_fields,
     quality_fields,
     write_json,
 )
 from aquakv.eviction import H2O, EvictionPolicy, SnapKV
 from aquakv.files import require_writable
-from aquakv.models.loading import LoadedModel
 
 app = typer.Typer(help="Evaluate a codec or a competitor against the exact cache.", no_args_is_help=False)
 
@@ -59,54 +52,11 @@ def _group() -> None:
     """Evaluate a codec or a competitor against the exact cache."""
 
 
-@dataclass(frozen=True)
-class _CalibrationText:
-    """What competitors that need it are fitted to."""
-
-    data: list[str]
-    samples: int
-    seq_len: int
-    data_dir: Path | None
-
-    def fitted(self, method: Baseline, loaded: LoadedModel) -> Baseline:
-        """Return a method fitted to the model, if it needs that."""
-        if not method.needs_fit:
-            return method
-        options.require_length(self.seq_len, loaded)
-        tokens = token_sequences(self.data, loaded.tokenizer, self.samples, self.seq_len, self.data_dir)
-        if options.messages.is_terminal:
-            text = f"fitting {method.label} to {tokens.numel()} tokens"
-            options.messages.print(f"[dim]{text}[/dim]", highlight=False)
-        return method.fit(loaded.model, tokens)
-
-    def record(self, method: Baseline) -> dict[str, Any]:
-        """Return what a result says of a fitted method."""
-        text = {"data": self.data, "samples": self.samples, "seq_len": self.seq_len}
-        return {
-            "name": method.name,
-            "bits": method.bits,
-            "source": method.source,
-            **method.settings,
-            "table_bytes": method.table_bytes,
-            "calibration": text if method.needs_fit else None,
-        }
-
-
 @app.command("perplexity")
 def perplexity(
     model: options.Model,
-    codec: Annotated[
-        Path | None,
-        typer.Option("--codec", help="Codec file; without one the exact cache alone is measured."),
-    ] = None,
-    baseline_name: Annotated[
-        str | None,
-        typer.Option(
-            "--baseline",
-            metavar="NAME[:BITS][+window]",
-            help=f"A competitor in place of a codec: {', '.join(BASELINES)}; +window: with our exact tokens.",
-        ),
-    ] = None,
+    codec: measured.Codec = None,
+    baseline_name: measured.BaselineName = None,
     data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)] = "pydoc:test",
     data_dir: options.DataDir = None,
     seq_len: options.SeqLen = 2048,
@@ -115,20 +65,9 @@ def perplexity(
         ProtocolChoice,
         typer.Option("--protocol", help="streaming: through the real cache; single-pass: the same, faster."),
     ] = ProtocolChoice.streaming,
-    calibration_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibration-data",
-            help="Text for competitors that are fitted to the model first; repeat to mix in equal parts. "
-            f"[default: {DEFAULT_DATA}]",
-        ),
-    ] = None,
-    calibration_samples: Annotated[
-        int, typer.Option("--calibration-samples", min=1, help="Sequences of that text.")
-    ] = 16,
-    calibration_seq_len: Annotated[
-        int, typer.Option("--calibration-seq-len", min=2, help="Tokens of each of these.")
-    ] = 2048,
+    calibration_data: measured.CalibrationData = None,
+    calibration_samples: measured.CalibrationSamples = 16,
+    calibration_seq_len: measured.CalibrationSeqLen = 2048,
     prune: Annotated[
         PolicyChoice | None,
         typer.Option(
@@ -154,25 +93,18 @@ def perplexity(
     if json_out is not None:
         require_writable(json_out, "result")
     policy = _policy(prune, keep, context, protocol)
-    if codec is not None and baseline_name is not None:
-        raise ConfigError("expected --codec or --baseline, got both; evaluate them one after the other")
     if policy is not None and baseline_name is not None:
         raise ConfigError("expected --prune or --baseline, got both: a competitor's cache evicts nothing")
-    text = _CalibrationText(
-        calibration_data or DEFAULT_DATA, calibration_samples, calibration_seq_len, data_dir
-    )
-    loaded_codec = None if codec is None else ModelCodec.load(codec)
-    method = None if baseline_name is None else baseline(baseline_name)
-    _require_something_coded(loaded_codec, method, seq_len)
+    text = measured.CalibrationText(calibration_data, calibration_samples, calibration_seq_len, data_dir)
+    subject = measured.Subject.of(codec, baseline_name, text)
+    loaded_codec, method = subject.codec, subject.baseline
+    subject.require_something_coded(seq_len)
     if method is not None and protocol is ProtocolChoice.single_pass:
         method.require_single_pass()
     loaded = options.load(model, dtype, device)
     options.require_length(seq_len, loaded)
-    if method is not None:
-        method = text.fitted(method, loaded)
-        method.cache(loaded.model)  # what cannot be had is refused before anything is evaluated
+    subject = subject.fitted(loaded)
     tokens = token_sequences([data], loaded.tokenizer, samples, seq_len, data_dir)
-    measured = loaded_codec or method
     window = WindowConfig() if loaded_codec is None else loaded_codec.config.window
     behind = context or default_context(seq_len, window)
     started = time.perf_counter()
@@ -181,7 +113,7 @@ def perplexity(
             results = evaluate_quality(
                 loaded.model,
                 tokens,
-                {"measured": measured},
+                {"measured": subject.method},
                 protocol="streaming" if protocol is ProtocolChoice.streaming else "single-pass",
                 batch_size=batch_size,
                 progress=report,
@@ -201,10 +133,7 @@ def perplexity(
         "schema_version": SCHEMA_VERSION,
         "command": "eval perplexity",
         "model": loaded.name,
-        "codec": None
-        if codec is None or loaded_codec is None
-        else {"file": codec.name, "preset": loaded_codec.config.preset, "sha256": file_sha256(codec)},
-        "baseline": None if method is None else text.record(method),
+        **subject.fields(),
         "data": data,
         "seq_len": seq_len,
         "samples": samples,
@@ -225,7 +154,7 @@ def perplexity(
             f"{bits:.3f} bits per value of all that was fed; {quality.tokens} tokens of {data}"
         )
         return
-    if measured is None:
+    if subject.method is None:
         typer.echo(
             f"perplexity {quality.perplexity:.4f} with the exact cache, {quality.tokens} tokens of {data}"
         )
@@ -259,18 +188,3 @@ def _policy(
 
 def _pruned_fields(quality: Quality, policy: EvictionPolicy, context: int) -> dict[str, Any]:
     return {"pruning": pruning_fields(policy, context), **pruned_quality_fields(quality)}
-
-
-def _require_something_coded(codec: ModelCodec | None, method: Baseline | None, seq_len: int) -> None:
-    """Raise if a cache of so many tokens would hold no codes when the last of them is computed."""
-    if codec is not None:
-        name, coded = "the codec", codec.config.window.coded_tokens(seq_len - 1)
-    elif method is not None:
-        name, coded = f"baseline {method.name}", max(method.coded_tokens(seq_len - 1))
-    else:
-        return
-    if not coded:
-        raise ConfigError(
-            f"--seq-len {seq_len} is too short: nothing would be compressed ({name} keeps sinks and the "
-            "newest tokens exact); give longer sequences"
-        )

@@ -1,0 +1,118 @@
+"""What is evaluated: the exact cache, a codec's, or a competitor's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from aquakv.baselines import BASELINES, Baseline, baseline
+from aquakv.cache import AquaCache, Footprint
+from aquakv.calibration import calibrate_many
+from aquakv.codec import ModelCodec
+from aquakv.config import PRESETS, preset
+from aquakv.errors import ConfigError
+
+#: A codec, a competitor fitted to the model, or None for the exact cache.
+Method = ModelCodec | Baseline | None
+
+#: What `prepare` calls the exact cache.
+EXACT = "exact"
+
+
+def fresh_cache(model: PreTrainedModel, method: Method) -> Cache:
+    """Return an empty cache for a model.
+
+    Raises
+    ------
+    CodecMismatchError
+        The codec belongs to another model.
+    ConfigError
+        The competitor was not fitted, or does not take heads of the model's size.
+    """
+    if method is None:
+        return DynamicCache(config=model.config)
+    if isinstance(method, Baseline):
+        return method.cache(model)
+    return AquaCache(model, method)
+
+
+def held_by(method: Method, cache: Cache) -> Footprint | None:
+    """Return what a cache of `fresh_cache` holds, by part; None for the exact cache."""
+    if method is None:
+        return None
+    if isinstance(method, Baseline):
+        return method.footprint(cache)
+    assert isinstance(cache, AquaCache)  # made by `fresh_cache`
+    return cache.footprint()
+
+
+def needs_text(specs: Sequence[str]) -> bool:
+    """Say whether `prepare` needs tokens for any of these."""
+    return any(_preset_of(spec) or (_is_baseline(spec) and baseline(spec).needs_fit) for spec in specs)
+
+
+def prepare(specs: Sequence[str], model: PreTrainedModel, tokens: Tensor | None = None) -> dict[str, Method]:
+    """Return methods by their specifications, calibrated on or fitted to a model.
+
+    Codecs are calibrated side by side, and a competitor's fit serves all its rates.
+
+    Parameters
+    ----------
+    specs
+        ``exact``; a preset with its bits, ``"decode 2.3"``; a competitor, ``kivi:2`` or ``kvquant:3+window``;
+        or a codec file's path.
+    model
+        The model.
+    tokens
+        ``[sequences, seq_len]`` int64 token ids to calibrate on; see `needs_text`.
+
+    Raises
+    ------
+    ConfigError
+        A specification is none of these, or needs tokens and there are none.
+    CodecFileError
+        A codec file is missing or damaged.
+    """
+    if tokens is None and needs_text(specs):
+        raise ConfigError("expected text to calibrate on: presets and some competitors are fitted to a model")
+    configs = {spec: preset(*found) for spec in specs if (found := _preset_of(spec))}
+    codecs = calibrate_many(model, tokens, configs) if configs and tokens is not None else {}
+    fits: dict[str, Baseline] = {}
+    return {spec: codecs[spec] if spec in codecs else _one(spec, model, tokens, fits) for spec in specs}
+
+
+def _one(spec: str, model: PreTrainedModel, tokens: Tensor | None, fits: dict[str, Baseline]) -> Method:
+    if spec == EXACT:
+        return None
+    if spec.endswith(".safetensors") or Path(spec).is_file():
+        return ModelCodec.load(Path(spec))
+    if not _is_baseline(spec):
+        raise ConfigError(
+            f"expected {EXACT}, a preset with its bits such as 'decode 2.3' ({', '.join(PRESETS)}), a "
+            f"competitor such as kivi:2 ({', '.join(BASELINES)}) or a codec file, got {spec!r}"
+        )
+    method = baseline(spec)
+    if not method.needs_fit or tokens is None:
+        return method
+    if method.name not in fits:
+        fits[method.name] = method.fit(model, tokens)
+    return dataclasses.replace(fits[method.name], bits=method.bits, window=method.window)
+
+
+def _is_baseline(spec: str) -> bool:
+    return spec.partition("+")[0].partition(":")[0] in BASELINES
+
+
+def _preset_of(spec: str) -> tuple[str, float] | None:
+    """Return the preset and bits that a specification names, if it does."""
+    name, space, bits = spec.partition(" ")
+    if not space or name not in PRESETS:
+        return None
+    try:
+        return name, float(bits)
+    except ValueError:
+        raise ConfigError(f"expected a preset with its bits, such as '{name} 2', got {spec!r}") from None
