@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.encoding import PageEncoder
-from aquakv.cache.evicting_cache import EvictingCache
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
+from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels
 from aquakv.cache.pruning import Pruner
 from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.records import storage_bytes
+from aquakv.cache.repeating_cache import RepeatingCache, Steady
 from aquakv.cache.saving import SavedCache, write_cache
 from aquakv.cache.step import CacheStep
 from aquakv.cache.storage import CodedPages
@@ -39,29 +39,13 @@ from aquakv.models.uncompiled import uncompiled
 AttentionChoice = Literal["auto", "fused", "general"]
 
 
-class Steady:
-    """Stands for steps that differ in their tokens and in what tensors hold; compared by identity.
-
-    Attributes
-    ----------
-    masked
-        Whether they are given an attention mask.
-    places
-        Addresses and sizes of what they read and write.
-    """
-
-    def __init__(self, masked: bool, places: tuple[tuple[int, int], ...]) -> None:
-        self.masked = masked
-        self.places = places
-
-
 _HALFWAY = (
     "an earlier forward pass (or crop, or choice of rows) stopped halfway, so layers hold different tokens; "
     "call reset() first"
 )
 
 
-class AquaCache(EvictingCache):
+class AquaCache(RepeatingCache):
     """A compressed KV cache for ``model.generate(past_key_values=…)``.
 
     The first tokens of every sequence and the newest ones stay in the model's dtype; the rest is held as
@@ -227,12 +211,6 @@ class AquaCache(EvictingCache):
             raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
         return reason is None and (attention == "fused" or implementation == "sdpa")
 
-    def _why_not_paged(self) -> str | None:
-        reason = why_not_paged(self.codec, self.window.block_tokens)
-        if reason is None and not self._adapter.rotates_by_halves:
-            reason = "kernels rotate every layer's keys, in pairs half a rotary dimension apart"
-        return reason
-
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
         step, self._done = self._done, None
@@ -334,32 +312,6 @@ class AquaCache(EvictingCache):
             return keys, values
         return holes.spread(keys, self.layout.seen), holes.spread(values, self.layout.seen)
 
-    def _settle(self, step: CacheStep) -> None:
-        """Bring what kernels read up to date after a pass, and note whether it can be repeated."""
-        held, self._last_steady = self._last_steady, None
-        # Kernels may have attended for the last time: what was compressed may be hidden, or out of order.
-        other_way = self._state.sees_some_only or not all(self.layout.successive)
-        if other_way or not isinstance(step, PagedStep):
-            return
-        exact = self._compressed[0].exact
-        assert exact is not None  # the step held tokens there
-        step.settle(exact.tail_columns)
-        places = self._places()
-        if held is not None and held.masked == step.masked and held.places == places:
-            self._steady = held
-        elif not step.due:  # otherwise kernels have yet to run where everything is now
-            self._steady = Steady(step.masked, places)
-
-    def _places(self) -> tuple[tuple[int, int], ...]:
-        """Return the addresses and sizes of all that kernels read and write of what the cache holds."""
-        tensors = list(self._state.tensors)
-        for layer in self._compressed:
-            records, exact = layer.pages.records, layer.exact
-            assert records is not None  # as in every such cache
-            assert exact is not None
-            tensors += [*records.tensors, *exact.tensors]
-        return tuple((tensor.data_ptr(), tensor.numel()) for tensor in tensors)
-
     def _begin_step(self, key_states: Tensor) -> None:
         if self._step is not None or self._broken:
             raise CacheStateError(_HALFWAY)
@@ -399,97 +351,6 @@ class AquaCache(EvictingCache):
                 lambda: [self._adapter.layer_device(index) for index in self._adapter.compressed_layers],
             )
         return step
-
-    def _paged_step(self, columns_before: int, mask: Tensor | None) -> PagedStep:
-        exact, guard = self._compressed[0].exact, self.codec.config.guard
-        assert exact is not None  # there are compressed tokens
-        return PagedStep(
-            self._adapter,
-            self.layout,
-            guard,
-            columns_before,
-            self.codec,
-            exact.tail_columns,
-            mask,
-            self._state,
-        )
-
-    # --- steps that a graph repeats -----------------------------------------------------------------------
-
-    def why_no_graphs(self) -> str | None:
-        """Return why no step through this cache can be captured in a graph, or None if some can."""
-        if not self._fused:
-            return "the cache reconstructs keys and values in every step (attention general)"
-        reason = self._why_not_paged()
-        if reason is None and self._adapter.changing_rope_type is not None:
-            reason = f"its rotary frequencies ({self._adapter.changing_rope_type}) change as a sequence grows"
-        if reason is None and len(self._compressed) < len(self.layers):
-            reason = "some layers attend through sliding windows, whose caches move"
-        return reason
-
-    def steady(self, masked: bool) -> Steady | None:
-        """Return what the next step of one token a row has in common with the last, if it can repeat it.
-
-        It can if kernels attended in the last one, with a mask or without as in the next; if the next one
-        compresses nothing and makes no room, and all sinks are there. As long as the same object is returned,
-        all tensors that the cache holds stay where they are.
-        """
-        layout = self.layout
-        self._require_intact()
-        if self._steady is None or self._steady.masked != masked:
-            return None
-        least = max(1, self.window.sink_tokens)
-        if any(length < least for length in layout.lengths()) or layout.blocks_due(1) or not self._has_room():
-            return None
-        return self._steady
-
-    def lasts(self, steady: Steady, masked: bool) -> bool:
-        """Tell whether steps captured under ``steady`` can be repeated now or after the next step.
-
-        They can if the next one repeats them, or compresses blocks for which there is room.
-        """
-        return self._steady is steady and steady.masked == masked and self._has_room()
-
-    def moves_within(self, steps: int) -> bool:
-        """Tell whether so many steps of one token a row use up the room, so that all moves to more of it."""
-        return not self._has_room(len(self.layout.blocks_due(steps)))
-
-    def _has_room(self, blocks: int = 0) -> bool:
-        """Tell whether there is room for these and for another block of every row at all layers."""
-        records = (layer.pages.records for layer in self._compressed)
-        return all(one is not None and one.room >= blocks + self.layout.rows for one in records)
-
-    def prepare_step(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Add a column for a step that `steady` allows; the model's next pass computes only.
-
-        So what is captured of that pass takes nothing from the host that the steps after it change.
-
-        Parameters
-        ----------
-        position_ids
-            ``[rows or 1, 1]``.
-        attention_mask
-            ``[rows, columns, the new one included]``, or None.
-        """
-        before, mask = self.layout.columns, self._in_slots(attention_mask, 1)
-        self.layout.append(1, position_ids, None, self.layout.rows)
-        step = self._paged_step(before, mask)
-        self._prepared = step
-        first = self._compressed[0]
-        assert first.pages.records is not None  # there was a step before
-        step.places_on(first.device, self._adapter.compressed_layers[0], first.pages.records)
-
-    def repeat_step(self, position_ids: Tensor) -> None:
-        """Add a column for a step that a graph computes, once `steady` has allowed it; host's part only."""
-        self.layout.append(1, position_ids, None, self.layout.rows)
-        for layer in self._compressed:
-            assert layer.exact is not None  # there was a step before
-            layer.exact.tail_columns += 1
-        self._state.count_columns(self._compressed[0].device, self.layout.columns)
-
-    def give_up_step(self) -> None:
-        """Note that a prepared step was not computed to its end: the cache has to be reset."""
-        self._prepared, self._steady, self._broken = None, None, True
 
     # --- the rest of the protocol -------------------------------------------------------------------------
 

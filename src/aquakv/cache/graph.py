@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from aquakv.cache.aqua_cache import AquaCache, Steady
+from aquakv.cache.aqua_cache import AquaCache
+from aquakv.cache.repeating_cache import Steady
 from aquakv.errors import CacheStateError, ConfigError, ShapeError
 from aquakv.models.adapter import adapt
 from aquakv.models.versions import CACHE_ARGUMENTS, given_cache
