@@ -250,6 +250,29 @@ def end_to_end() -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    content, all_rows = rows("memory-h200")
+    lines = [
+        "| tokens | cache | held, MiB | prefill's peak | steps' peak | to the exact cache's | to what is held |",
+        "| --- " * 7 + "|",
+    ]
+    for row in all_rows:
+        mebibytes = [
+            f"{row[name] / 2**20:,.0f}" for name in ("held_bytes", "prefill_peak_bytes", "peak_bytes")
+        ]
+        ratios = f"{row['peak_ratio_to_exact']:.3f} | {row['peak_bytes'] / row['held_bytes']:.2f}"
+        lines.append(f"| {row['context']:,} | {row['contestant']} | {' | '.join(mebibytes)} | {ratios} |")
+    first = next(row for row in all_rows if row["code_bytes"])
+    lines += [
+        "",
+        f"One sequence, fed in passes of {first['prefill_chunk']} tokens and then {first['steps']} by themselves; "
+        f"{first['bits_per_value']:.2f} bits per value. Peaks: the most that is allocated beside the weights, "
+        f"scratch and the cache itself included. 32 layers of Llama-3.1-8B's shapes, random weights, "
+        f"{first['dtype']}; torch {content['versions']['torch']}, {content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
 def pruning() -> str:
     content, all_rows = rows("pruning-demo")
     names = {None: "", "h2o": "H2O", "snapkv": "SnapKV"}
@@ -419,6 +442,7 @@ def calibration_precision() -> str:
 TABLES = {
     "competitors": competitors,
     "end_to_end": end_to_end,
+    "memory": memory,
     "calibration": calibration,
     "calibration_precision": calibration_precision,
     "quality": quality,
