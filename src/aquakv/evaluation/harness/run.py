@@ -105,12 +105,12 @@ def run_tasks(
     tokenizer = copy.deepcopy(loaded.tokenizer)
     build = lm_eval_module("aquakv.evaluation.harness.model").CachedLM
     told = Progress(progress)
-    models: dict[str, CachedLM] = {
-        name: build(loaded.model, tokenizer, method, setting, told)
-        for name, method in methods.items()
-        if method is not None
-    }
     with quiet_harness():
+        models: dict[str, CachedLM] = {
+            name: build(loaded.model, tokenizer, method, setting, told)
+            for name, method in methods.items()
+            if method is not None
+        }
         exact = _evaluate(build(loaded.model, tokenizer, None, setting, told), tasks, setting)
         outcomes = {name: _evaluate(model, tasks, setting) for name, model in models.items()}
     return {name: _fields(outcomes.get(name, exact), exact, setting) for name in methods}
@@ -162,11 +162,10 @@ def _evaluate(model: CachedLM, tasks: NamedTasks, setting: HarnessSetting) -> Ou
         raise ConfigError(f"the harness refuses: {' '.join(str(error).split())}") from error
     scores = {
         name: _task_score(found["results"][name], found["samples"][name], task)
-        for name, task in ((task.task_name, task) for task in tasks.tasks.values())
+        for name, task in tasks.tasks.items()
     }
-    named = dict(zip(tasks.tasks, scores.values(), strict=True))
     groups = {name: _numbers(metrics) for name, metrics in found.get("groups", {}).items()}
-    return Outcome(named, groups, model.usage)
+    return Outcome(scores, groups, model.usage)
 
 
 def _task_score(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], task: Any) -> TaskScore:

@@ -57,6 +57,15 @@ class NamedTasks:
         return self
 
 
+class Documents(list[dict[str, Any]]):
+    """Documents of a split, with what lm-eval asks of a data set."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        """Names of fields, as keys."""
+        return dict.fromkeys(self[0]) if self else {}
+
+
 def longbench_tasks(
     names: Sequence[str], data_dir: str | Path | None = None, file: Path | None = None
 ) -> NamedTasks:
@@ -182,7 +191,7 @@ def _config(folder: str, file: str) -> dict[str, Any]:
         ) from error
 
 
-def _task(spec: str, config: dict[str, Any], splits: Mapping[str, list[dict[str, Any]]]) -> Any:
+def _task(spec: str, config: dict[str, Any], splits: Mapping[str, Documents]) -> Any:
     """Return a task on documents by split, or without any on what lm-eval gets from the Hub."""
     config = {key: value for key, value in config.items() if key != "tag"}
     if splits:
@@ -202,8 +211,8 @@ def _unavailable(spec: str, error: Exception, instead: str) -> DataError:
     return DataError(f"{spec} could not be fetched from the Hub ({first_line}); {instead}")
 
 
-def _longbench_documents(path: Path, task: str, needs_question: bool) -> list[dict[str, Any]]:
-    documents = []
+def _longbench_documents(path: Path, task: str, needs_question: bool) -> Documents:
+    documents = Documents()
     for where, record in _records(path):
         # LongBench's own files call it input; lm-eval's prompts, and its copy on the Hub, question.
         question = record.get("question", record.get("input", None if needs_question else ""))
@@ -223,8 +232,8 @@ def _longbench_documents(path: Path, task: str, needs_question: bool) -> list[di
     return documents
 
 
-def _gsm8k_documents(path: Path) -> list[dict[str, Any]]:
-    documents = []
+def _gsm8k_documents(path: Path) -> Documents:
+    documents = Documents()
     for where, record in _records(path):
         for name in ("question", "answer"):
             if not isinstance(record.get(name), str):
