@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,9 +152,7 @@ def any_tasks(
     """
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"expected a directory of tasks, found none: {include_path}")
-    manager = lm_eval_module("lm_eval.tasks").TaskManager(
-        include_path=None if include_path is None else str(include_path)
-    )
+    manager = _manager(names, include_path)
     for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.task_index, 3)
@@ -167,6 +166,16 @@ def any_tasks(
         if num_fewshot is not None:
             task.set_config("num_fewshot", num_fewshot)
     return NamedTasks(loaded["tasks"], {key: loaded.get(key, {}) for key in ("groups", "group_map")})
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """Return lm-eval's index of tasks: of its own ones too, which takes seconds, where they are needed."""
+    build = lm_eval_module("lm_eval.tasks").TaskManager
+    if include_path is not None:
+        own = build(include_path=str(include_path), include_defaults=False)
+        if all(name in own.task_index for name in names):
+            return own
+    return build(include_path=None if include_path is None else str(include_path))
 
 
 def require_names(what: str, names: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
@@ -228,6 +237,10 @@ def _longbench_documents(path: Path, task: str, needs_question: bool) -> Documen
                 raise DataError(
                     f'expected a list of texts in field "{name}" of {where}, found {_kind(values)}'
                 )
+        if task == "passage_retrieval_en" and not all(
+            re.match(r"Paragraph \d", v) for v in record["answers"]
+        ):
+            raise DataError(f"expected answers like 'Paragraph 3' in {where}, found {record['answers'][0]!r}")
         documents.append({**record, "question": question})
     return documents
 
