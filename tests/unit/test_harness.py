@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from aquakv.cli.main import main
 from aquakv.errors import ConfigError, DataError
 from aquakv.evaluation.harness import GSM8K_VARIANTS, LONGBENCH_TASKS
 from aquakv.evaluation.tasks import GSM8K, LmEval, LongBench, Setting, task_of
@@ -228,3 +229,65 @@ def test_tasks_by_configuration():
     assert task.names == LONGBENCH_TASKS
     assert task_of({"task": "gsm8k"}) == GSM8K()
     assert task_of({"task": "lm-eval", "tasks": ["piqa"]}) == LmEval(tasks=["piqa"])
+
+
+@pytest.fixture
+def place(loaded, data_dir, tmp_path):
+    loaded.model.save_pretrained(tmp_path / "tiny")
+    loaded.tokenizer.save_pretrained(tmp_path / "tiny")
+    codec_for("llama", bits=1).save(tmp_path / "codec")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_command_longbench(place, capsys):
+    command = ["eval", "longbench", place / "tiny", "--codec", place / "codec", "--data-dir", place]
+    command += ["--max-new-tokens", 12, "--limit", 2, "--device", "cpu"]
+    code, out, err = run(capsys, *command, "--task", "multi_news,trec", "--json", place / "out.json")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("multi_news: rouge_score 0.")
+    assert "exact cache 0." in lines[0]
+    assert lines[0].endswith("2 samples")
+    assert lines[2].startswith("mean of tasks: score 0.")
+    assert "bits per value" in lines[3]
+    result = json.loads((place / "out.json").read_text())
+    assert result["command"] == "eval longbench"
+    assert result["codec"]["preset"] == "paper"
+    assert result["data"] == ["longbench/multi_news", "longbench/trec"]
+    assert (result["prefill_chunk"], result["chat"], result["batch_size"]) == (None, False, 1)
+    assert {"schema_version", "model", "tokens", "seq_len", "elapsed_s", "versions", "device"} < set(result)
+    file = place / "longbench" / "qasper.jsonl"
+    code, out, err = run(capsys, *command, "--task", "qasper", "--file", file, "--prefill-chunk", 8)
+    assert (code, err) == (0, "")
+    assert out.startswith("qasper: qa_f1_score 0.")
+
+
+def test_commands_gsm8k_and_lm_eval(place, capsys, monkeypatch):
+    short = ["--max-length", 250, "--max-new-tokens", 3, "--limit", 1, "--device", "cpu"]
+    code, out, err = run(capsys, "eval", "gsm8k", place / "tiny", "--data-dir", place, *short)
+    assert (code, err) == (0, "")
+    assert out == "gsm8k_cot: exact_match,strict-match 0.0000 with the exact cache, 1 samples\n"
+    own = ["eval", "lm-eval", place / "tiny", "--include-path", place / "own", *short]
+    code, out, err = run(capsys, *own, "--tasks", "any")
+    assert (code, out) == (2, "")
+    assert err.startswith("aquakv: expected a directory of tasks, found none")
+
+
+def test_a_prompt_so_short_that_nothing_is_compressed_is_not_passed_over(place, capsys):
+    write(place / "short.jsonl", [document(0, context="w1")])
+    code, out, err = run(
+        capsys,
+        *("eval", "longbench", place / "tiny", "--file", place / "short.jsonl", "--baseline", "kivi:2"),
+        *("--max-new-tokens", 2, "--device", "cpu"),
+    )
+    assert (code, err) == (0, "")
+    assert "nothing was compressed" in out
