@@ -3,7 +3,7 @@
 The other way is transformers' ``generate`` on prompts written, shortened and scored here, with the package
 rouge called directly. Both have to give the same ROUGE; the script fails if they do not.
 
-    python benchmarks/longbench_exact.py --data-dir DIR --limit 4 --max-length 2048 --out OUT.json
+    python benchmarks/longbench_exact.py --data-dir DIR --chat --limit 4 --max-length 2048 --out OUT.json
 """
 
 import argparse
@@ -26,12 +26,22 @@ PROMPT = (
 )
 
 
-def plain_scores(loaded, path, limit, max_length, max_new_tokens):
+def encoded(tokenizer, text, chat):
+    """Return a prompt's tokens ``[1, tokens]``."""
+    if not chat:
+        return tokenizer(text, return_tensors="pt")["input_ids"]
+    turn = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))  # never twice
+    return tokenizer(text, return_tensors="pt", add_special_tokens=special)["input_ids"]
+
+
+def plain_scores(loaded, path, limit, max_length, max_new_tokens, chat):
     """Return ROUGE-L of each document, with nothing of ours nor of lm-eval's between."""
     scores = []
     room = max_length - max_new_tokens
     for _, record in list(read_records(path))[:limit]:
-        ids = loaded.tokenizer(PROMPT.format(context=record["context"]), return_tensors="pt")["input_ids"]
+        ids = encoded(loaded.tokenizer, PROMPT.format(context=record["context"]), chat)
         if ids.shape[1] > room:  # LongBench takes out the middle
             ids = torch.cat([ids[:, : room // 2], ids[:, -(room // 2) :]], 1)
         ids = ids.to(loaded.model.device)
@@ -41,9 +51,11 @@ def plain_scores(loaded, path, limit, max_length, max_new_tokens):
                 ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
             )
         answer = loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        scores.append(
-            max(Rouge().get_scores([answer], [one], avg=True)["rouge-l"]["f"] for one in record["answers"])
-        )
+        found = [
+            Rouge().get_scores([answer], [one], avg=True)["rouge-l"]["f"] if answer else 0.0
+            for one in record["answers"]
+        ]
+        scores.append(max(found))
     return scores
 
 
@@ -54,16 +66,19 @@ def main():
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     loaded = load_model(args.model, args.dtype, args.device)
-    task = LongBench(limit=args.limit, max_length=args.max_length, max_new_tokens=args.max_new_tokens)
+    task = LongBench(
+        limit=args.limit, max_length=args.max_length, max_new_tokens=args.max_new_tokens, chat=args.chat
+    )
     found = task.evaluate(loaded, {"exact": None}, Setting(args.data_dir))["exact"]
     path = named_file("longbench/multi_news", "longbench/multi_news.jsonl", args.data_dir)
     with quiet():
-        plain = plain_scores(loaded, path, args.limit, args.max_length, args.max_new_tokens)
+        plain = plain_scores(loaded, path, args.limit, args.max_length, args.max_new_tokens, args.chat)
     setting = {
         "data": "longbench/multi_news",
         "model": args.model,
@@ -72,6 +87,7 @@ def main():
         "samples": args.limit,
         "max_length": args.max_length,
         "max_new_tokens": args.max_new_tokens,
+        "chat": args.chat,
     }
     rows = [
         {"contestant": f"{found['harness']} with our cache class, exact", **setting, "score": found["score"]},

@@ -1,5 +1,6 @@
 """lm-eval's tasks through our caches. See also test_harness_model.py."""
 
+import copy
 import json
 import sys
 
@@ -213,6 +214,37 @@ def test_what_cannot_be_had_is_said_in_one_line(loaded, data_dir, tmp_path):
     refused(DataError, "like 'Paragraph 3'", lambda: LongBench(tasks="passage_retrieval_en", file=file))
     (tmp_path / "bad.jsonl").write_text("\n")
     refused(DataError, "expected documents", lambda: LongBench(file=file))
+
+
+def test_without_a_data_dir_documents_come_from_the_hub(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name, **_):
+        asked.append((path, name))
+        raise ConnectionError("no route to the Hub\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.delenv("AQUAKV_DATA_DIR", raising=False)
+    for task in (LongBench(), GSM8K()):
+        with pytest.raises(DataError, match=r"from the Hub \(no route to the Hub\); give --data-dir"):
+            task.load(Setting())
+    assert asked == [("Xnhyacinth/LongBench", "multi_news"), ("openai/gsm8k", "main")]
+
+
+def test_a_chat_template_is_wrapped_around_prompts_where_asked_for(loaded, data_dir):
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = "w1 w2 {% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    chatting = LoadedModel(loaded.model, tokenizer, "tiny", "tiny")
+    plain, chat = (
+        LongBench(chat=chat, max_new_tokens=3, limit=2).evaluate(chatting, {"it": None}, Setting(data_dir))[
+            "it"
+        ]
+        for chat in (False, True)
+    )
+    assert (plain["chat"], chat["chat"]) == (False, True)
+    assert chat["tokens"] == plain["tokens"] + 2 * 2
 
 
 def test_without_lm_eval_one_line_says_how_to_get_it(monkeypatch, data_dir):
