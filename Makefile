@@ -81,6 +81,8 @@ bench: install
 	$(BIN)/python benchmarks/speed_cpu.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out benchmarks/results/speed-cpu.json
 	$(BIN)/python benchmarks/calibration_precision.py $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
 		--samples 8 --seq-len 768 --out benchmarks/results/calibration-precision-demo.json
+	$(if $(DATA_DIR),$(BIN)/python benchmarks/longbench_exact.py --data-dir $(DATA_DIR) --chat --limit 4 \
+		--max-length 2048 --max-new-tokens 128 --out benchmarks/results/longbench-exact-demo.json)
 	for how in --no-stream --stream; do $(BIN)/aquakv bench calibrate demo $$how --preset paper --samples 64 --seq-len 2048 \
 		--data wikitext2:validation $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
 		--json benchmarks/results/calibrate-cpu.json --add; done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from aquakv.errors import DataError
 
@@ -42,15 +43,28 @@ def read_jsonl(path: Path) -> Iterator[str]:
     DataError
         The file cannot be read, or a line is not a JSON object with fields that make a text.
     """
+    for where, record in read_records(path):
+        text = record_text(record, where)
+        if text.strip():
+            yield text
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each line's JSON object is, for messages, and the object; blank lines are passed over.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or a line is not a JSON object.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    text = _parse_line(line, f"line {number} of {path}")
-                    if text.strip():
-                        yield text
+                    where = f"line {number} of {path}"
+                    yield where, _parse_line(line, where)
     except OSError as error:
         raise DataError(f"{path} could not be read ({error.strerror}); name a readable file") from error
 
@@ -83,7 +97,7 @@ def record_text(record: Mapping[str, object], where: str) -> str:
     raise DataError(f"expected fields {_LAYOUT_NAMES} in {where}, found {found}; rename the fields")
 
 
-def _parse_line(line: bytes, where: str) -> str:
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -99,4 +113,4 @@ def _parse_line(line: bytes, where: str) -> str:
             f"expected a JSON object on {where}, found {type(record).__name__}; "
             f"write it as an object with the fields {_LAYOUT_NAMES}"
         )
-    return record_text(record, where)
+    return record

@@ -140,6 +140,26 @@ def _named_source(spec: str, name: str, split: str, data_dir: str | Path | None)
     )
 
 
+def named_file(spec: str, relative: str, data_dir: str | Path | None = None) -> Path | None:
+    """Return the file of a named set below the data directory, or None where there is no such directory.
+
+    Raises
+    ------
+    DataError
+        There is a data directory, without that file.
+    """
+    root = data_dir if data_dir is not None else os.environ.get(DATA_DIR_VARIABLE) or None
+    if root is None:
+        return None
+    path = Path(root) / relative
+    if not _is_file(path):
+        raise DataError(
+            f"expected {spec} at {path}, found no such file; put it there, or leave out --data-dir and "
+            f"{DATA_DIR_VARIABLE} to fetch it from the Hub"
+        )
+    return path
+
+
 def _longbench_source(spec: str, data_dir: str | Path | None) -> DataSource:
     task = spec.removeprefix("longbench").removeprefix("/")
     if not _TASK.fullmatch(task):
@@ -157,15 +177,9 @@ def _from_directory_or_hub(
     fetch: Callable[[], Iterator[str]],
 ) -> DataSource:
     """Read `relative` below the data directory where there is one, else fetch from the Hub."""
-    root = data_dir if data_dir is not None else os.environ.get(DATA_DIR_VARIABLE) or None
-    if root is None:
+    path = named_file(spec, relative, data_dir)
+    if path is None:
         return DataSource(spec, spec, fetch)
-    path = Path(root) / relative
-    if not _is_file(path):
-        raise DataError(
-            f"expected {spec} at {path}, found no such file; put it there, or leave out --data-dir and "
-            f"{DATA_DIR_VARIABLE} to fetch it from the Hub"
-        )
     return DataSource(spec, str(path.resolve()), lambda: read(path))
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aquakv.baselines import Baseline
-from aquakv.cache import AquaCache, Footprint
+from aquakv.cache import AquaCache
 from aquakv.codec import ModelCodec
 from aquakv.config import WindowConfig
 from aquakv.errors import DataError
 from aquakv.evaluation.baseline_pass import baseline_pass
+from aquakv.evaluation.held import Held
 from aquakv.evaluation.single_pass import single_pass
 from aquakv.models.adapter import ModelAdapter, adapt
 
@@ -28,7 +29,7 @@ _COMPARE_TOKENS = 256
 
 
 @dataclass
-class Quality:
+class Quality(Held):
     """What a compressed cache costs, on the same tokens in the same run as the exact cache.
 
     Attributes
@@ -43,10 +44,6 @@ class Quality:
         Summed Kullback-Leibler divergence from the exact to the compressed distribution, in nats.
     agreements
         Positions at which both hold the same token most likely.
-    coded_bytes, coded_values
-        Bytes of the compressed region and the values that it stands for.
-    held_bytes, held_values
-        The same with all exact tokens; zero where the single-pass protocol holds no cache.
     original_values
         Values of all tokens fed, evicted ones included, where tokens are evicted.
     """
@@ -57,10 +54,6 @@ class Quality:
     squared_difference: float = 0.0
     kl: float = 0.0
     agreements: int = 0
-    coded_bytes: int = 0
-    coded_values: int = 0
-    held_bytes: int = 0
-    held_values: int = 0
     original_values: int = 0
 
     @property
@@ -96,26 +89,9 @@ class Quality:
         return self.agreements / self.tokens
 
     @property
-    def bits_per_value(self) -> float | None:
-        """Measured bits per value of the compressed region; None if nothing was compressed."""
-        return 8 * self.coded_bytes / self.coded_values if self.coded_values else None
-
-    @property
-    def bits_per_value_total(self) -> float | None:
-        """Measured bits per value, exact tokens included; None where no cache was held."""
-        return 8 * self.held_bytes / self.held_values if self.held_values else None
-
-    @property
     def bits_per_original_value(self) -> float | None:
         """Measured bits, exact tokens included, per value of all tokens fed; None where none are evicted."""
         return 8 * self.held_bytes / self.original_values if self.original_values else None
-
-    def count(self, footprint: Footprint) -> None:
-        """Add what a cache holds."""
-        self.coded_bytes += footprint.coded_bytes if footprint.coded_values else 0
-        self.coded_values += footprint.coded_values
-        self.held_bytes += footprint.held_bytes
-        self.held_values += footprint.total_values
 
     def compare(self, exact: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add positions: logits ``[rows, tokens, vocabulary]`` of both, and the tokens that followed."""
@@ -211,9 +187,12 @@ def evaluate_quality(
         exact = model(input_ids=batch, use_cache=False).logits
         tick(len(batch))
         for name, codec in codecs.items():
-            for start, logits in _compressed_logits(
-                adapter, codec, protocol, window, batch, exact, results[name]
-            ):
+            pieces = (
+                iter([(0, exact)])
+                if codec is None
+                else compressed_logits(adapter, codec, protocol, window, batch, results[name])
+            )
+            for start, logits in pieces:
                 targets = batch[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
                 predicted = targets.shape[1]
                 if predicted:
@@ -223,28 +202,39 @@ def evaluate_quality(
     return results
 
 
-def _compressed_logits(
+def compressed_logits(
     adapter: ModelAdapter,
-    codec: ModelCodec | Baseline | None,
+    codec: ModelCodec | Baseline,
     protocol: Protocol,
     window: WindowConfig | None,
     batch: Tensor,
-    exact: Tensor,
-    quality: Quality,
+    held: Held,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``(first position, logits)`` of a batch, piece by piece."""
-    if codec is None:
-        return iter([(0, exact)])
+    """Yield ``(first position, logits)`` of a batch, piece by piece, with every query attending to codes.
+
+    Parameters
+    ----------
+    adapter
+        The model.
+    codec
+        A codec, or a competitor that is fitted to the model.
+    protocol, window
+        As for `evaluate_quality`.
+    batch
+        ``[rows, tokens]`` int64 without padding.
+    held
+        Takes what the cache holds at the end.
+    """
     if isinstance(codec, Baseline):
         if protocol == "single-pass" and not codec.encodes_at_once:
-            return _baseline_one_pass(adapter, codec, batch, quality)
-        return _baseline_stream(adapter, codec, batch, quality)
+            return _baseline_one_pass(adapter, codec, batch, held)
+        return _baseline_stream(adapter, codec, batch, held)
     run = _stream if protocol == "streaming" else _one_pass
-    return run(adapter, codec, window or codec.config.window, batch, quality)
+    return run(adapter, codec, window or codec.config.window, batch, held)
 
 
 def _stream(
-    adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
+    adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, held: Held
 ) -> Iterator[tuple[int, Tensor]]:
     """Feed a batch through a real cache and yield ``(first position, logits)`` of every block.
 
@@ -257,21 +247,21 @@ def _stream(
         part = batch[:, start:end]
         yield start, adapter.model(input_ids=part, past_key_values=cache, use_cache=True).logits
         start = end
-    quality.count(cache.footprint())
+    held.count(cache.footprint())
 
 
 def _one_pass(
-    adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, quality: Quality
+    adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, held: Held
 ) -> Iterator[tuple[int, Tensor]]:
     with single_pass(adapter, codec, window) as cache:
         logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
-    quality.coded_bytes += cache.coded_bytes
-    quality.coded_values += cache.coded_values
+    held.coded_bytes += cache.coded_bytes
+    held.coded_values += cache.coded_values
     yield 0, logits
 
 
 def _baseline_stream(
-    adapter: ModelAdapter, baseline: Baseline, batch: Tensor, quality: Quality
+    adapter: ModelAdapter, baseline: Baseline, batch: Tensor, held: Held
 ) -> Iterator[tuple[int, Tensor]]:
     """Do what `_stream` does, with a competitor's cache.
 
@@ -282,13 +272,13 @@ def _baseline_stream(
         part = batch[:, start:end]
         yield start, adapter.model(input_ids=part, past_key_values=cache, use_cache=True).logits
         start = end
-    quality.count(baseline.footprint(cache))
+    held.count(baseline.footprint(cache))
 
 
 def _baseline_one_pass(
-    adapter: ModelAdapter, baseline: Baseline, batch: Tensor, quality: Quality
+    adapter: ModelAdapter, baseline: Baseline, batch: Tensor, held: Held
 ) -> Iterator[tuple[int, Tensor]]:
     with baseline_pass(adapter, baseline) as cache:
         logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
-    quality.count(cache.footprint())
+    held.count(cache.footprint())
     yield 0, logits

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from aquakv.cli import measured, options
+from aquakv.cli.commands import harness
 from aquakv.config import WindowConfig
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
@@ -25,6 +26,7 @@ from aquakv.eviction import H2O, EvictionPolicy, SnapKV
 from aquakv.files import require_writable
 
 app = typer.Typer(help="Evaluate a codec or a competitor against the exact cache.", no_args_is_help=False)
+harness.add_to(app)
 
 
 class ProtocolChoice(StrEnum):
