@@ -1,6 +1,6 @@
 """Text to calibrate and evaluate on: named sets, the running Python's own texts, or any file."""
 
-from aquakv.data.sequences import token_sequences
+from aquakv.data.sequences import token_sequences, token_stream
 from aquakv.data.sources import DataSource, DataSummary, describe, load_texts, open_source
 
-__all__ = ["DataSource", "DataSummary", "describe", "load_texts", "open_source", "token_sequences"]
+__all__ = ["DataSource", "DataSummary", "describe", "load_texts", "open_source", "token_sequences", "token_stream"]

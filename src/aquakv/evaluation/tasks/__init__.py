@@ -7,13 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 from aquakv.errors import ConfigError
+from aquakv.evaluation.tasks.needle import Needle
 from aquakv.evaluation.tasks.perplexity import Perplexity
 from aquakv.evaluation.tasks.task import Setting, Task
 
-__all__ = ["TASKS", "Perplexity", "Setting", "Task", "task_of"]
+__all__ = ["TASKS", "Needle", "Perplexity", "Setting", "Task", "task_of"]
 
 #: All tasks, by the name that configurations give.
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Perplexity,)}
+TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Perplexity, Needle)}
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
