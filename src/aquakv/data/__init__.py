@@ -3,4 +3,12 @@
 from aquakv.data.sequences import token_sequences, token_stream
 from aquakv.data.sources import DataSource, DataSummary, describe, load_texts, open_source
 
-__all__ = ["DataSource", "DataSummary", "describe", "load_texts", "open_source", "token_sequences", "token_stream"]
+__all__ = [
+    "DataSource",
+    "DataSummary",
+    "describe",
+    "load_texts",
+    "open_source",
+    "token_sequences",
+    "token_stream",
+]

@@ -115,9 +115,7 @@ def _first(found: Iterator[Tensor], tokens: int) -> Tensor:
     return torch.cat(pieces)[:tokens] if pieces else torch.empty(0, dtype=torch.int64)
 
 
-def _pieces(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, ends: bool = True
-) -> Iterator[Tensor]:
+def _pieces(source: DataSource, tokenizer: PreTrainedTokenizerBase, ends: bool = True) -> Iterator[Tensor]:
     """Yield each document's tokens ``[length]``, and the separator's between documents.
 
     With ``ends`` that is the end-of-sequence token, if there is one; else a blank line.

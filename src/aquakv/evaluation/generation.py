@@ -1,7 +1,7 @@
 """Replies to questions about a context that a cache holds compressed.
 
-In one pass over a whole prompt attention would be exact among its tokens, and nothing but what follows would be
-answered from codes. So the context is fed first, and the question once that is compressed; for all methods alike.
+In one pass over a whole prompt attention would be exact among its tokens, and only what follows would see codes.
+So the context is fed first, and the question once that is compressed; for all methods alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from aquakv.evaluation.prompts import Prompt
 from aquakv.evaluation.quality import Quality, Ticker
 from aquakv.models.adapter import adapt
 from aquakv.models.loading import LoadedModel
-
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,9 @@ def reply_to(
         held = Quality()
         for batch in _batches(prompts, max_new_tokens, batch_size):
             chosen = [prompts[i] for i in batch]
-            for i, reply in zip(batch, _reply(loaded, method, chosen, max_new_tokens[batch[0]], held), strict=True):
+            for i, reply in zip(
+                batch, _reply(loaded, method, chosen, max_new_tokens[batch[0]], held), strict=True
+            ):
                 found[i] = reply
             tick(len(batch))
         return Replies([reply for reply in found if reply is not None], held)
@@ -118,8 +119,8 @@ def require_room(loaded: LoadedModel, tokens: int, new_tokens: int) -> None:
     most = adapt(loaded.model).max_length
     if most is not None and tokens + new_tokens > most:
         raise ConfigError(
-            f"{tokens} tokens and {new_tokens} new ones are more than {loaded.name}'s maximum of {most}; give a "
-            f"length of {most - new_tokens} or less"
+            f"{tokens} tokens and {new_tokens} new ones are more than {loaded.name}'s maximum of {most}; give "
+            f"a length of {most - new_tokens} or less"
         )
 
 
@@ -127,8 +128,8 @@ def require_coded(name: str, method: Method, length: int) -> None:
     """Raise `ConfigError` if a cache of so many tokens would hold no codes."""
     if coded_tokens(method, length) == 0:
         raise ConfigError(
-            f"a context of {length} tokens is too short: nothing of it would be compressed ({name} keeps sinks "
-            "and the newest tokens exact); give greater lengths"
+            f"a context of {length} tokens is too short: nothing of it would be compressed ({name} keeps "
+            "sinks and the newest tokens exact); give greater lengths"
         )
 
 
@@ -143,7 +144,12 @@ def feed(model: PreTrainedModel, cache: Cache, tokens: Tensor, last: int = 1) ->
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, cache: Cache, tokens: Tensor, ends: Sequence[int], max_new_tokens: int, **more: Any
+    model: PreTrainedModel,
+    cache: Cache,
+    tokens: Tensor,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    **more: Any,
 ) -> Tensor:
     """Return what is generated behind ``tokens [rows, tokens]``, of which a cache may hold the first ones.
 

@@ -15,9 +15,7 @@ from aquakv.data import token_stream
 from aquakv.errors import ConfigError, DataError
 
 #: Text that says nothing, repeated, as in Landmark Attention's passkey task (arXiv:2305.16300) and RULER.
-NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 #: What `--data` calls it.
 NOISE_NAME = "noise"
@@ -33,8 +31,8 @@ class Prompt:
     Attributes
     ----------
     context, question
-        ``[tokens]`` int64: what is fed first, and what is fed once that is compressed. The question ends where
-        the model's reply goes on.
+        ``[tokens]`` int64: what is fed first, and what is fed once that is compressed. The question ends
+        where the model's reply goes on.
     answers
         Strings that a right reply holds.
     answer
@@ -118,7 +116,9 @@ class PromptWriter:
         ConfigError
             There is no room for any context.
         """
-        opening = torch.cat([torch.tensor(self._bos, dtype=torch.int64), self.ids(self._head + wording.instruction)])
+        opening = torch.cat(
+            [torch.tensor(self._bos, dtype=torch.int64), self.ids(self._head + wording.instruction)]
+        )
         question = self.ids(f"\n\n{wording.question}{self._tail or chr(10)}{wording.reply}")
         expected = None
         if answer is not None:
@@ -157,9 +157,7 @@ class Haystack:
     shifts: bool
 
     @classmethod
-    def of(
-        cls, writer: PromptWriter, data: str, most: int, data_dir: Any = None
-    ) -> Haystack:
+    def of(cls, writer: PromptWriter, data: str, most: int, data_dir: Any = None) -> Haystack:
         """Return the text of a ``DATA`` argument, or `NOISE_NAME`; at most so many tokens of it.
 
         Raises
@@ -226,5 +224,5 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token that the tokenizer begins a text with, if it does."""
-    first: list[int] = list(tokenizer("a")["input_ids"])[:1]  # type: ignore[arg-type]
+    first: list[int] = list(tokenizer("a")["input_ids"])[:1]
     return first if first == [tokenizer.bos_token_id] else []

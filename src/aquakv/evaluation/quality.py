@@ -150,6 +150,7 @@ class Ticker:
     done: int = field(default=0)
 
     def __call__(self, sequences: int) -> None:
+        """Count sequences as done."""
         self.done += sequences
         if self.report is not None:
             self.report(EvaluationProgress(self.done, self.total))

@@ -110,7 +110,9 @@ def variable_tracking(materials: Materials, length: int, rng: Random) -> Prompt:
     value = words.numbers(1, rng, 5)[0]
     sources = [value, *(f"VAR {name}" for name in variables)]
     writer = materials.writer
-    lines = [writer.ids(f"\nVAR {name} = {source}\n") for name, source in zip(variables, sources, strict=False)]
+    lines = [
+        writer.ids(f"\nVAR {name} = {source}\n") for name, source in zip(variables, sources, strict=False)
+    ]
     depths = sorted(rng.random() for _ in lines)
     wording = Wording(
         "Variables are assigned in the following text, here and there. Remember their values.\n\n",
@@ -118,4 +120,6 @@ def variable_tracking(materials: Materials, length: int, rng: Random) -> Prompt:
         f"Name all {_CHAIN} of them.",
         f"The {_CHAIN} variables that are assigned the value {value} are:",
     )
-    return writer.write(length, wording, lambda room: materials.noise.hide(room, lines, depths, rng), variables)
+    return writer.write(
+        length, wording, lambda room: materials.noise.hide(room, lines, depths, rng), variables
+    )

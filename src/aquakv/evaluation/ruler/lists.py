@@ -7,7 +7,6 @@ from random import Random
 
 from torch import Tensor
 
-from aquakv.errors import ConfigError
 from aquakv.evaluation.prompts import Prompt, Wording
 from aquakv.evaluation.ruler import words
 from aquakv.evaluation.ruler.materials import Materials
@@ -46,15 +45,11 @@ def common_words(materials: Materials, length: int, rng: Random) -> Prompt:
         return materials.largest(lambda number: text(repeats, number), room, _COMMON, len(others))
 
     def body(room: int) -> Tensor:
-        for repeats in range(_REPEATS, 0, -1):
-            try:
-                number, ids = fit(repeats, room)
-            except ConfigError:
-                if repeats == 1:
-                    raise
-                continue
-            if number >= _COMMON * _RATIO or repeats == 1:
-                break
+        # As often as leaves room for ten times as many different other words.
+        choices = range(_REPEATS, 1, -1)
+        enough = _COMMON * _RATIO
+        repeats = next((r for r in choices if materials.writer.count(text(r, enough)) <= room), 1)
+        number, ids = fit(repeats, room)
         while number == len(others):
             repeats *= 2
             number, ids = fit(repeats, room)
@@ -84,7 +79,7 @@ def frequent_words(materials: Materials, length: int, rng: Random) -> Prompt:
         return " ".join(entries)
 
     wording = Wording(
-        "Read the following coded text and count how often each coded word appears in it. Dots mean nothing.\n\n",
+        "Count how often each coded word appears in the following text. Dots mean nothing.\n\n",
         f"Which are the {_FREQUENT} most frequent coded words in the text above?",
         f"The {_FREQUENT} most frequent coded words are:",
     )

@@ -7,15 +7,16 @@ from dataclasses import fields
 from typing import Any
 
 from aquakv.errors import ConfigError
+from aquakv.evaluation.tasks.drift import LongDrift
 from aquakv.evaluation.tasks.needle import Needle
 from aquakv.evaluation.tasks.perplexity import Perplexity
 from aquakv.evaluation.tasks.ruler import Ruler
 from aquakv.evaluation.tasks.task import Setting, Task
 
-__all__ = ["TASKS", "Needle", "Perplexity", "Ruler", "Setting", "Task", "task_of"]
+__all__ = ["TASKS", "LongDrift", "Needle", "Perplexity", "Ruler", "Setting", "Task", "task_of"]
 
 #: All tasks, by the name that configurations give.
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Perplexity, Needle, Ruler)}
+TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Perplexity, Needle, Ruler, LongDrift)}
 
 
 def task_of(config: Mapping[str, Any]) -> Task:

@@ -9,8 +9,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
-from aquakv.errors import ConfigError
-from aquakv.evaluation.generation import Reply, Replies, reply_to
+from aquakv.evaluation.generation import Replies, Reply, reply_to
 from aquakv.evaluation.methods import Method
 from aquakv.evaluation.prompts import Haystack, Prompt, PromptWriter, Wording
 from aquakv.evaluation.tasks.task import Setting, Task, fitting_lengths, require_numbers
@@ -79,7 +78,9 @@ class Needle(Task):
             for depth in self.depths
         }
 
-    def _prompt(self, writer: PromptWriter, haystack: Haystack, length: int, depth: float, sample: int) -> Prompt:
+    def _prompt(
+        self, writer: PromptWriter, haystack: Haystack, length: int, depth: float, sample: int
+    ) -> Prompt:
         # Not of the depth: so that depths are compared by the same texts and numbers.
         rng = Random(f"needle {self.seed} {length} {sample}")
         key = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))

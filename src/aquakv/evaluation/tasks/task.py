@@ -101,7 +101,7 @@ def fitting_lengths(
     found = [length for length in default if length <= room] if lengths is None else list(lengths)
     if not found or max(found) > room:
         raise ConfigError(
-            f"task {task.name}: prompts of {max(found or default)} tokens, and up to {new_tokens} new ones, are "
-            f"more than {loaded.name}'s maximum of {most}; give lengths of {room} or less"
+            f"task {task.name}: prompts of {max(found or default)} tokens, and up to {new_tokens} new ones, "
+            f"are more than {loaded.name}'s maximum of {most}; give lengths of {room} or less"
         )
     return list(dict.fromkeys(found))
