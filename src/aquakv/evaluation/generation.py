@@ -1,7 +1,7 @@
 """Replies to questions about a context that a cache holds compressed.
 
-In one pass over a whole prompt attention would be exact among its tokens, and only what follows would see codes.
-So the context is fed first, and the question once that is compressed; for all methods alike.
+In one pass over a whole prompt attention would be exact among its tokens, and only what follows would see
+codes. So the context is fed first, and the question once that is compressed; for all methods alike.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def require_room(loaded: LoadedModel, tokens: int, new_tokens: int) -> None:
     most = adapt(loaded.model).max_length
     if most is not None and tokens + new_tokens > most:
         raise ConfigError(
-            f"{tokens} tokens and {new_tokens} new ones are more than {loaded.name}'s maximum of {most}; give "
-            f"a length of {most - new_tokens} or less"
+            f"{tokens} tokens and {new_tokens} new ones are more than {loaded.name}'s maximum of {most}; "
+            f"give a length of {most - new_tokens} or less"
         )
 
 

@@ -50,7 +50,7 @@ def common_words(materials: Materials, length: int, rng: Random) -> Prompt:
         enough = _COMMON * _RATIO
         repeats = next((r for r in choices if materials.writer.count(text(r, enough)) <= room), 1)
         number, ids = fit(repeats, room)
-        while number == len(others):
+        while number == len(others) and materials.writer.count(text(2 * repeats, _COMMON)) <= room:
             repeats *= 2
             number, ids = fit(repeats, room)
         return ids
