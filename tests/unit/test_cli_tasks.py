@@ -76,7 +76,7 @@ SHORT = {
         "--max-new-tokens",
         4,
     ],
-    "drift": ["--prompt-tokens", 30, "--new-tokens", 150, "--bin-tokens", 50],
+    "drift": ["--prompt-tokens", 150, "--new-tokens", 150, "--bin-tokens", 50],
 }
 CPU = ["--device", "cpu", "--dtype", "float32"]
 

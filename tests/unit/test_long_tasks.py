@@ -94,16 +94,16 @@ def test_the_question_sees_codes_and_the_context_does_not(codec):
     assert not torch.allclose(behind, at_once, atol=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batches_reply_alike_in_order(codec, batch_size):
-    prompts = [*_prompts(3), *_prompts(2, context=90), *_prompts(2, answer=0), *_prompts(2)]
-    new_tokens = [5, 5, 7, 5, 5, 5, 5, 5, 5]
+def test_batches_reply_alike_in_order(codec):
+    # Equally long in all parts are the first two and the last.
+    prompts = [*_prompts(3), *_prompts(1, context=90), *_prompts(1, answer=0), *_prompts(1, context=70)]
+    new_tokens = [3, 3, 5, 3, 3, 3]
     methods = {"ours": codec, "kivi": baseline("kivi:2")}
     prompts = [dataclasses.replace(p, context=torch.cat([p.context] * 2)) for p in prompts]
     alone = [reply_to(loaded(), methods, [p], [n]) for p, n in zip(prompts, new_tokens, strict=True)]
     ticks = []
     exact, found = reply_to(
-        loaded(), methods, prompts, new_tokens, batch_size=batch_size, progress=lambda p: ticks.append(p.done)
+        loaded(), methods, prompts, new_tokens, batch_size=2, progress=lambda p: ticks.append(p.done)
     )
     assert _texts(exact) == [_texts(one)[0] for one, _ in alone]
     for name in methods:
