@@ -93,8 +93,9 @@ def reply_to(
     """
     for prompt, new in zip(prompts, max_new_tokens, strict=True):
         require_room(loaded, prompt.tokens, new)
+    shortest = min((len(prompt.context) for prompt in prompts), default=0)
     for name, method in methods.items():
-        require_coded(name, method, min(len(prompt.context) for prompt in prompts))
+        require_coded(name, method, shortest)
     others = {name: method for name, method in methods.items() if method is not None}
     tick = Ticker(len(prompts) * (1 + len(others)), progress)
 
@@ -216,6 +217,7 @@ def _reply(
     feed(model, cache, contexts)
     footprint = held_by(method, cache)
     if footprint is not None:
+        assert footprint.coded_values  # `require_coded` has seen to it
         held.count(footprint)
     answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
     losses = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -157,7 +158,7 @@ class Haystack:
     shifts: bool
 
     @classmethod
-    def of(cls, writer: PromptWriter, data: str, most: int, data_dir: Any = None) -> Haystack:
+    def of(cls, writer: PromptWriter, data: str, most: int, data_dir: Path | None = None) -> Haystack:
         """Return the text of a ``DATA`` argument, or `NOISE_NAME`; at most so many tokens of it.
 
         Raises
