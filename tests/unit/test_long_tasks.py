@@ -222,23 +222,24 @@ def test_continuations():
 
 @pytest.mark.parametrize(
     ("name", "pass_tokens"),
-    [("ours", 7), ("ours", 256), ("kivi:2", 256), ("rtn:3", 7), ("rtn:2+window", 256)],
+    [("ours", 7), ("ours", 256), ("rtn:3", 7), ("windowed", 256)],
 )
 def test_drift_is_what_feeding_token_by_token_gives(codec, monkeypatch, name, pass_tokens):
     monkeypatch.setattr(drift_module, "_PASS_TOKENS", pass_tokens)
-    method = codec if name == "ours" else baseline(name)
-    model, prompt, new = loaded().model, 60, 90
+    windowed = dataclasses.replace(baseline("rtn:2"), window=WINDOW)
+    method = {"ours": codec, "windowed": windowed}.get(name) or baseline(name)
+    model, prompt, new = loaded().model, 30, 70
     texts = continued(loaded(), _tokens(2, prompt), new)
-    found = Drift.empty(new, 40)
+    found = Drift.empty(new, 30)
     measure_drift(loaded(), method, texts, prompt, found)
-    assert [quality.tokens for quality in found.bins] == [80, 80, 20]
+    assert [quality.tokens for quality in found.bins] == [60, 60, 20]
     cache, logits = fresh_cache(model, method), []
     for token in texts[:, :-1].split(1, 1):
         logits += [feed(model, cache, token)]
     with torch.no_grad():
         exact = model(texts).logits
-    for quality, start in zip(found.bins, (0, 40, 80), strict=True):
-        part = slice(prompt - 1 + start, min(prompt - 1 + start + 40, prompt + new - 1))
+    for quality, start in zip(found.bins, (0, 30, 60), strict=True):
+        part = slice(prompt - 1 + start, min(prompt - 1 + start + 30, prompt + new - 1))
         expected = Quality()
         expected.compare(
             exact[:, part], torch.cat(logits, 1)[:, part], texts[:, part.start + 1 : part.stop + 1]
