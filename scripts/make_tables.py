@@ -253,7 +253,8 @@ def end_to_end() -> str:
 def memory() -> str:
     content, all_rows = rows("memory-h200")
     lines = [
-        "| tokens | cache | held, MiB | prefill's peak | steps' peak | to the exact cache's | to what is held |",
+        "| tokens | cache | held, MiB | prefill's peak | steps' peak | to the exact cache's "
+        "| to what is held |",
         "| --- " * 7 + "|",
     ]
     for row in all_rows:
@@ -265,9 +266,9 @@ def memory() -> str:
     first = next(row for row in all_rows if row["code_bytes"])
     lines += [
         "",
-        f"One sequence, fed in passes of {first['prefill_chunk']} tokens and then {first['steps']} by themselves; "
-        f"{first['bits_per_value']:.2f} bits per value. Peaks: the most that is allocated beside the weights, "
-        f"scratch and the cache itself included. 32 layers of Llama-3.1-8B's shapes, random weights, "
+        f"One sequence, fed in passes of {first['prefill_chunk']} tokens and then {first['steps']} singly; "
+        f"{first['bits_per_value']:.2f} bits per value. Peaks: the most that is allocated beside the "
+        "weights, scratch and the cache included. 32 layers of Llama-3.1-8B's shapes, random weights, "
         f"{first['dtype']}; torch {content['versions']['torch']}, {content['device']}.",
     ]
     return "\n".join(lines)

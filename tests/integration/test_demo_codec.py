@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from aquakv import AquaCache, ModelCodec, calibrate_many, evaluate_quality, preset
+from aquakv.baselines import baseline
 from aquakv.data import load_texts, token_sequences
+from aquakv.evaluation.tasks import Needle, Setting
 from aquakv.models.loading import load_model
 
 pytestmark = pytest.mark.slow
@@ -43,6 +45,15 @@ def recite_prompts(count):
     text = "\n".join(load_texts("pydoc:test"))
     passages = (text[9000 * i : 9000 * i + 1300 + 200 * i].strip() for i in range(count))
     return [f"{passage}\n\n{passage[:400]}" for passage in passages]
+
+
+def test_a_hidden_number_is_found_through_codes_that_are_fine_enough(demo, codecs):
+    methods = {"exact": None, "paper 8": codecs["paper 8"], "rtn 2": baseline("rtn:2+window")}
+    task = Needle(lengths=[1024], depths=[0, 50], samples=1, max_new_tokens=7)
+    exact, fine, coarse = task.evaluate(demo, methods, Setting(batch_size=2)).values()
+    assert exact["accuracy"] == fine["accuracy"] == fine["baseline_accuracy"] == 1
+    assert fine["answer_nll"] == pytest.approx(exact["answer_nll"], abs=0.01)
+    assert coarse["answer_nll"] > exact["answer_nll"] + 0.5
 
 
 def test_predictors_recover_most_of_what_plain_quantisation_loses(demo, codecs):

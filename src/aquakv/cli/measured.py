@@ -15,7 +15,7 @@ from aquakv.cli.commands.calibrate import DEFAULT_DATA
 from aquakv.codec import ModelCodec
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
-from aquakv.evaluation.methods import Method, fresh_cache
+from aquakv.evaluation.methods import Method, coded_tokens, fresh_cache
 from aquakv.evaluation.results import file_sha256
 from aquakv.models.loading import LoadedModel
 
@@ -109,6 +109,13 @@ class Subject:
         """The codec, the competitor, or None."""
         return self.codec or self.baseline
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        if self.baseline is not None:
+            return f"baseline {self.baseline.name}"
+        return "the exact cache" if self.codec is None else "the codec"
+
     def fitted(self, loaded: LoadedModel) -> Subject:
         """Return it ready for a model; what cannot be had is refused before anything is evaluated."""
         found = self
@@ -119,16 +126,10 @@ class Subject:
 
     def require_something_coded(self, seq_len: int) -> None:
         """Raise if a cache of so many tokens would hold no codes when the last of them is computed."""
-        if self.codec is not None:
-            name, coded = "the codec", self.codec.config.window.coded_tokens(seq_len - 1)
-        elif self.baseline is not None:
-            name, coded = f"baseline {self.baseline.name}", max(self.baseline.coded_tokens(seq_len - 1))
-        else:
-            return
-        if not coded:
+        if coded_tokens(self.method, seq_len - 1) == 0:
             raise ConfigError(
-                f"--seq-len {seq_len} is too short: nothing would be compressed ({name} keeps sinks and the "
-                "newest tokens exact); give longer sequences"
+                f"--seq-len {seq_len} is too short: nothing would be compressed ({self.name} keeps sinks and "
+                "the newest tokens exact); give longer sequences"
             )
 
     def fields(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Text to calibrate and evaluate on: named sets, the running Python's own texts, or any file."""
 
 from aquakv.data.files import read_records
-from aquakv.data.sequences import token_sequences
+from aquakv.data.sequences import token_sequences, token_stream
 from aquakv.data.sources import DataSource, DataSummary, describe, load_texts, named_file, open_source
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "open_source",
     "read_records",
     "token_sequences",
+    "token_stream",
 ]

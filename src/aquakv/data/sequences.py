@@ -65,6 +65,25 @@ def token_sequences(
     return torch.stack([cut[i % len(cut)][i // len(cut)] for i in range(num_samples)])
 
 
+def token_stream(
+    spec: str, tokenizer: PreTrainedTokenizerBase, tokens: int, data_dir: str | Path | None = None
+) -> Tensor:
+    """Return a source's first tokens, at most ``tokens`` of them: ``[<= tokens]`` int64.
+
+    Documents are tokenised without special tokens and joined by blank lines: fit to stand inside a prompt,
+    which an end-of-sequence token would end.
+
+    Raises
+    ------
+    DataError
+        The source cannot be read or holds no text.
+    """
+    found = _first(_pieces(open_source(spec, data_dir), tokenizer, ends=False), tokens)
+    if not len(found):
+        raise DataError(f"expected text in {spec}, found none; name another source")
+    return found
+
+
 def _distinct_sources(specs: list[str], data_dir: str | Path | None) -> list[DataSource]:
     if not specs:
         raise DataError("expected at least one data source, got none; name one, such as pydoc:train")
@@ -79,27 +98,34 @@ def _distinct_sources(specs: list[str], data_dir: str | Path | None) -> list[Dat
 
 def _cut(source: DataSource, tokenizer: PreTrainedTokenizerBase, count: int, seq_len: int) -> Tensor:
     """Return the source's first sequences, at most `count`: ``[<= count, seq_len]`` int64."""
-    wanted = count * seq_len
-    pieces: list[Tensor] = []
-    held = 0
-    for piece in _pieces(source, tokenizer):
-        pieces.append(piece)
-        held += len(piece)
-        if held >= wanted:
-            break
-    found = min(held // seq_len, count)
-    stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    stream = _first(_pieces(source, tokenizer), count * seq_len)
+    found = len(stream) // seq_len
     return stream[: found * seq_len].reshape(found, seq_len)
 
 
-def _pieces(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Yield each document's tokens ``[length]``, and the separator's between documents."""
+def _first(found: Iterator[Tensor], tokens: int) -> Tensor:
+    """Return the first tokens of pieces ``[length]``, at most so many."""
+    pieces: list[Tensor] = []
+    held = 0
+    for piece in found:
+        pieces.append(piece)
+        held += len(piece)
+        if held >= tokens:
+            break
+    return torch.cat(pieces)[:tokens] if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def _pieces(source: DataSource, tokenizer: PreTrainedTokenizerBase, ends: bool = True) -> Iterator[Tensor]:
+    """Yield each document's tokens ``[length]``, and the separator's between documents.
+
+    With ``ends`` that is the end-of-sequence token, if there is one; else a blank line.
+    """
     separator: Tensor | None = None
     for document in source.documents():
         if separator is not None:
             yield separator
         else:
-            eos = tokenizer.eos_token_id
+            eos = tokenizer.eos_token_id if ends else None
             separator = torch.tensor([eos]) if isinstance(eos, int) else _tokenise(tokenizer, "\n\n")
         yield _tokenise(tokenizer, document)
 

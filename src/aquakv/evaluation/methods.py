@@ -50,6 +50,15 @@ def held_by(method: Method, cache: Cache) -> Footprint | None:
     return cache.footprint()
 
 
+def coded_tokens(method: Method, length: int) -> int | None:
+    """Return how many tokens a cache of ``length`` tokens holds as codes; None for the exact cache."""
+    if method is None:
+        return None
+    if isinstance(method, Baseline):
+        return max(method.coded_tokens(length))
+    return method.config.window.coded_tokens(length)
+
+
 def needs_text(specs: Sequence[str]) -> bool:
     """Say whether `prepare` needs tokens for any of these."""
     return any(_preset_of(spec) or (_is_baseline(spec) and baseline(spec).needs_fit) for spec in specs)

@@ -118,12 +118,15 @@ class EvaluationProgress:
 
 
 @dataclass
-class _Ticker:
+class Ticker:
+    """Counts work done and reports it."""
+
     total: int
     report: Callable[[EvaluationProgress], None] | None
     done: int = field(default=0)
 
     def __call__(self, sequences: int) -> None:
+        """Count sequences as done."""
         self.done += sequences
         if self.report is not None:
             self.report(EvaluationProgress(self.done, self.total))
@@ -181,7 +184,7 @@ def evaluate_quality(
         elif codec is not None and protocol == "single-pass":
             codec.require_single_pass()
     results = {name: Quality() for name in codecs}
-    tick = _Ticker(sequences * (1 + len(codecs)), progress)
+    tick = Ticker(sequences * (1 + len(codecs)), progress)
     for batch in tokens.split(batch_size):
         batch = batch.to(adapter.device)
         exact = model(input_ids=batch, use_cache=False).logits
@@ -233,17 +236,25 @@ def compressed_logits(
     return run(adapter, codec, window or codec.config.window, batch, held)
 
 
+def stream_ends(window: WindowConfig, seq_len: int) -> list[int]:
+    """Return where passes over a sequence end for every query to see what it would see token by token.
+
+    They end where an `AquaCache` compresses.
+    """
+    first = window.sink_tokens + window.recent_window + window.block_tokens
+    return [*range(first, seq_len, window.block_tokens), seq_len]
+
+
 def _stream(
     adapter: ModelAdapter, codec: ModelCodec, window: WindowConfig, batch: Tensor, held: Held
 ) -> Iterator[tuple[int, Tensor]]:
     """Feed a batch through a real cache and yield ``(first position, logits)`` of every block.
 
-    The blocks end where the cache compresses, so that every query sees what it would see token by token.
+    The blocks are those of `stream_ends`.
     """
     cache = AquaCache(adapter.model, codec, window=window)
-    first = window.sink_tokens + window.recent_window + window.block_tokens
-    start, seq_len = 0, batch.shape[1]
-    for end in [*range(first, seq_len, window.block_tokens), seq_len]:
+    start = 0
+    for end in stream_ends(window, batch.shape[1]):
         part = batch[:, start:end]
         yield start, adapter.model(input_ids=part, past_key_values=cache, use_cache=True).logits
         start = end

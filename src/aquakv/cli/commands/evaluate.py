@@ -10,6 +10,9 @@ import typer
 
 from aquakv.cli import measured, options
 from aquakv.cli.commands import harness
+from aquakv.cli.commands.eval_drift import drift
+from aquakv.cli.commands.eval_needle import needle
+from aquakv.cli.commands.eval_ruler import ruler
 from aquakv.config import WindowConfig
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
@@ -27,6 +30,9 @@ from aquakv.files import require_writable
 
 app = typer.Typer(help="Evaluate a codec or a competitor against the exact cache.", no_args_is_help=False)
 harness.add_to(app)
+app.command("needle")(needle)
+app.command("ruler")(ruler)
+app.command("drift")(drift)
 
 
 class ProtocolChoice(StrEnum):

@@ -7,14 +7,31 @@ from dataclasses import fields
 from typing import Any
 
 from aquakv.errors import ConfigError
+from aquakv.evaluation.tasks.drift import LongDrift
 from aquakv.evaluation.tasks.harness import GSM8K, LmEval, LongBench
+from aquakv.evaluation.tasks.needle import Needle
 from aquakv.evaluation.tasks.perplexity import Perplexity
+from aquakv.evaluation.tasks.ruler import Ruler
 from aquakv.evaluation.tasks.task import Setting, Task
 
-__all__ = ["GSM8K", "TASKS", "LmEval", "LongBench", "Perplexity", "Setting", "Task", "task_of"]
+__all__ = [
+    "GSM8K",
+    "TASKS",
+    "LmEval",
+    "LongBench",
+    "LongDrift",
+    "Needle",
+    "Perplexity",
+    "Ruler",
+    "Setting",
+    "Task",
+    "task_of",
+]
+
+_KINDS: tuple[type[Task], ...] = (Perplexity, Needle, Ruler, LongDrift, LongBench, GSM8K, LmEval)
 
 #: All tasks, by the name that configurations give.
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Perplexity, LongBench, GSM8K, LmEval)}
+TASKS: dict[str, type[Task]] = {kind.name: kind for kind in _KINDS}
 
 
 def task_of(config: Mapping[str, Any]) -> Task:

@@ -1,0 +1,74 @@
+"""What commands that measure a method by a task have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aquakv.cli import measured, options
+from aquakv.evaluation.results import SCHEMA_VERSION, environment, write_json
+from aquakv.evaluation.tasks import Setting, Task
+from aquakv.files import require_writable
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method to measure on a model, and where the result goes.
+
+    Attributes
+    ----------
+    model, dtype, device
+        What to load.
+    codec, baseline, text
+        What `measured.Subject.of` takes.
+    data_dir, batch_size
+        See `Setting`.
+    json_out
+        File of the result, if one is wanted.
+    """
+
+    model: str
+    codec: Path | None
+    baseline: str | None
+    text: measured.CalibrationText
+    data_dir: Path | None
+    batch_size: int
+    dtype: options.Dtype
+    device: str
+    json_out: Path | None
+
+    def measure(self, task: Task, unit: str) -> dict[str, Any]:
+        """Measure by a task; return the result, which is written too."""
+        if self.json_out is not None:
+            require_writable(self.json_out, "result")
+        subject = measured.Subject.of(self.codec, self.baseline, self.text)
+        loaded = options.load(self.model, self.dtype, self.device)
+        subject = subject.fitted(loaded)
+        started = time.perf_counter()
+        with options.progress_bar("Evaluating", unit) as report:
+            setting = Setting(self.data_dir, self.batch_size, report)
+            fields = task.evaluate(loaded, {subject.name: subject.method}, setting)[subject.name]
+        result = {
+            "schema_version": SCHEMA_VERSION,
+            "command": f"eval {task.name}",
+            "model": loaded.name,
+            **subject.fields(),
+            **dataclasses.asdict(task),
+            "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
+            **fields,
+            "elapsed_s": round(time.perf_counter() - started, 3),
+            **environment(),
+        }
+        if self.json_out is not None:
+            write_json(self.json_out, result)
+        return result
+
+
+def size(result: Mapping[str, Any]) -> str:
+    """Say how large the cache was."""
+    bits = result["bits_per_value"]
+    return "exact cache" if bits is None else f"{bits:.3f} bits per value"
