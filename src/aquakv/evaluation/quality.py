@@ -46,7 +46,8 @@ class Quality:
     coded_bytes, coded_values
         Bytes of the compressed region and the values that it stands for.
     held_bytes, held_values
-        The same with all exact tokens; zero where the single-pass protocol holds no cache.
+        The same with all exact tokens and positions; what a cache would hold by the single-pass protocol,
+        which holds none.
     original_values
         Values of all tokens fed, evicted ones included, where tokens are evicted.
     """
@@ -102,7 +103,7 @@ class Quality:
 
     @property
     def bits_per_value_total(self) -> float | None:
-        """Measured bits per value, exact tokens included; None where no cache was held."""
+        """Measured bits per value, exact tokens included; None for the exact cache."""
         return 8 * self.held_bytes / self.held_values if self.held_values else None
 
     @property
@@ -267,6 +268,8 @@ def _one_pass(
         logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
     quality.coded_bytes += cache.coded_bytes
     quality.coded_values += cache.coded_values
+    quality.held_bytes += cache.held_bytes
+    quality.held_values += cache.held_values
     yield 0, logits
 
 

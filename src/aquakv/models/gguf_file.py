@@ -35,13 +35,13 @@ def field(reader: GGUFReader, key: str) -> Any:
     return reader.fields[key].contents()
 
 
-def special_ids(reader: GGUFReader) -> dict[str, int]:
+def special_ids(reader: GGUFReader) -> dict[str, Any]:
     """Return the ids of the first, last and padding tokens under transformers' names."""
     names = (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))
     return {name: field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names}
 
 
-def special_tokens(reader: GGUFReader) -> dict[str, str]:
+def special_tokens(reader: GGUFReader) -> dict[str, Any]:
     """Return the first, last, padding and unknown tokens under transformers' names."""
     tokens = field(reader, "tokenizer.ggml.tokens")
     names = {name.removesuffix("_id"): number for name, number in special_ids(reader).items()}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from aquakv.cli import measured, options
+from aquakv.cli.commands import grid
 from aquakv.config import WindowConfig
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
@@ -188,3 +189,6 @@ def _policy(
 
 def _pruned_fields(quality: Quality, policy: EvictionPolicy, context: int) -> dict[str, Any]:
     return {"pruning": pruning_fields(policy, context), **pruned_quality_fields(quality)}
+
+
+app.command("grid")(grid.grid)
