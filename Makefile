@@ -19,7 +19,7 @@ test-kernels: TESTS := tests/kernels
 test-soak: TESTS := tests/soak
 
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo gemma test $(TEST_PARTS) compatibility versions soak lint types bench clean
+.PHONY: install demo gemma test $(TEST_PARTS) compatibility versions soak lint types bench grid clean
 
 install: $(STAMP)
 
@@ -75,6 +75,11 @@ lint: install
 
 types: install
 	$(BIN)/pyright
+
+# Ours beside other methods on both demo models; goes on where it was interrupted. Hours on a CPU.
+grid: gemma
+	$(BIN)/aquakv eval grid benchmarks/grids/competitors.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
+		--out benchmarks/results/competitors.jsonl
 
 # Quality needs WikiText-2: set DATA_DIR to a directory with wikitext2/{validation,test}.txt, or leave it to the Hub.
 bench: install
