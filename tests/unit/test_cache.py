@@ -286,7 +286,8 @@ def test_evaluate_quality_agrees_between_protocols_and_batch_sizes(model64, code
         )
     assert stream["paper"].nll == pytest.approx(single["paper"].nll, abs=1e-5)
     assert stream["paper"].kl > 1e-3
-    assert single["paper"].bits_per_value_total == stream["paper"].bits_per_value_total
+    # The last pass here is of one token, and such passes make room for positions ahead: two int32 a row.
+    assert single["paper"].held_bytes == stream["paper"].held_bytes - 3 * 2 * 4
     # Bits and one fp16 scale for 32 values; 4 bits in the first layer. Positions only when streaming.
     bits = (4 + 2 + 2) / 3 + 16 / 32
     assert single["paper"].bits_per_value == pytest.approx(bits, abs=1e-12)
