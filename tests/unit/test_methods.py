@@ -59,5 +59,5 @@ def test_tasks_by_configuration():
         task_of({})
     with pytest.raises(ConfigError, match="unknown setting 'sample'; expected some of data, samples"):
         task_of({"task": "perplexity", "sample": 3})
-    with pytest.raises(ConfigError, match="single-pass, got 'guess'"):
+    with pytest.raises(ConfigError, match="single-pass, auto, got 'guess'"):
         task_of({"task": "perplexity", "protocol": "guess"})

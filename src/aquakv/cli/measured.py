@@ -15,7 +15,7 @@ from aquakv.cli.commands.calibrate import DEFAULT_DATA
 from aquakv.codec import ModelCodec
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
-from aquakv.evaluation.methods import Method, coded_tokens, fresh_cache
+from aquakv.evaluation.methods import Method, baseline_fields, coded_tokens, fresh_cache
 from aquakv.evaluation.results import file_sha256
 from aquakv.models.loading import LoadedModel
 
@@ -143,15 +143,8 @@ class Subject:
         return {"file": self.file.name, "preset": self.codec.config.preset, "sha256": sha256}
 
     def _baseline_fields(self) -> dict[str, Any] | None:
-        method, text = self.baseline, self.text
-        if method is None:
+        if self.baseline is None:
             return None
+        text = self.text
         calibration = {"data": text.names, "samples": text.samples, "seq_len": text.seq_len}
-        return {
-            "name": method.name,
-            "bits": method.bits,
-            "source": method.source,
-            **method.settings,
-            "table_bytes": method.table_bytes,
-            "calibration": calibration if method.needs_fit else None,
-        }
+        return baseline_fields(self.baseline, calibration)

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from aquakv.errors import ConfigError
 from aquakv.evaluation.quality import Quality
-from aquakv.models.demo import demo_model_path
-from aquakv.models.loading import DEMO, LoadedModel, load_model
+from aquakv.models.demo import DEMO_MODELS, demo_model_path
+from aquakv.models.loading import LoadedModel, load_model
 
 #: What is meant for people goes to stderr; results go to stdout.
 messages = Console(stderr=True)
@@ -42,7 +42,9 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="'demo', a directory or a Hugging Face id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="'demo', 'demo:gemma3-270m', a directory or a Hugging Face id.")
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(
@@ -73,7 +75,7 @@ DATA_HELP = (
 
 class _Counter(Protocol):
     @property
-    def done(self) -> int: ...
+    def done(self) -> float: ...
     @property
     def total(self) -> int: ...
 
@@ -87,8 +89,8 @@ class _NamedModel(Protocol):
 
 def load(model: str, dtype: Dtype, device: str) -> LoadedModel:
     """Load a model, saying what takes long."""
-    if model == DEMO:
-        demo_model_path(lambda text: messages.print(f"[dim]{text}[/dim]", highlight=False))
+    if model in DEMO_MODELS:
+        demo_model_path(lambda text: messages.print(f"[dim]{text}[/dim]", highlight=False), model)
     return load_model(model, dtype.value, device)
 
 

@@ -16,7 +16,8 @@ class Held:
     coded_bytes, coded_values
         Bytes of the compressed region and the values that it stands for.
     held_bytes, held_values
-        The same with all exact tokens; zero where the single-pass protocol holds no cache.
+        The same with all exact tokens and positions; what a cache would hold by the single-pass protocol,
+        which holds none.
     """
 
     coded_bytes: int = 0
@@ -31,7 +32,7 @@ class Held:
 
     @property
     def bits_per_value_total(self) -> float | None:
-        """Measured bits per value, exact tokens included; None where no cache was held."""
+        """Measured bits per value, exact tokens included; None for the exact cache."""
         return 8 * self.held_bytes / self.held_values if self.held_values else None
 
     def count(self, footprint: Footprint) -> None:

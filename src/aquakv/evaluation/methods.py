@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -59,6 +60,40 @@ def coded_tokens(method: Method, length: int) -> int | None:
     return method.config.window.coded_tokens(length)
 
 
+def allows_single_pass(method: Method) -> bool:
+    """Say whether one forward pass over whole sequences can tell what a method's cache gives."""
+    return not isinstance(method, Baseline) or method.single_pass
+
+
+def require_method(spec: str) -> None:
+    """Raise `ConfigError` if this is no specification that `prepare` takes; files are not looked at."""
+    if spec == EXACT or is_codec_file(spec):
+        return
+    if found := _preset_of(spec):
+        preset(*found)
+    elif _is_baseline(spec):
+        baseline(spec)
+    else:
+        raise _unknown(spec)
+
+
+def is_codec_file(spec: str) -> bool:
+    """Say whether a specification is a codec file's path."""
+    return spec.endswith(".safetensors") or Path(spec).is_file()
+
+
+def baseline_fields(method: Baseline, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a result says of a competitor; ``calibration`` is the text that it was fitted to."""
+    return {
+        "name": method.name,
+        "bits": method.bits,
+        "source": method.source,
+        **method.settings,
+        "table_bytes": method.table_bytes,
+        "calibration": dict(calibration) if method.needs_fit and calibration is not None else None,
+    }
+
+
 def needs_text(specs: Sequence[str]) -> bool:
     """Say whether `prepare` needs tokens for any of these."""
     return any(_preset_of(spec) or (_is_baseline(spec) and baseline(spec).needs_fit) for spec in specs)
@@ -97,19 +132,23 @@ def prepare(specs: Sequence[str], model: PreTrainedModel, tokens: Tensor | None 
 def _one(spec: str, model: PreTrainedModel, tokens: Tensor | None, fits: dict[str, Baseline]) -> Method:
     if spec == EXACT:
         return None
-    if spec.endswith(".safetensors") or Path(spec).is_file():
+    if is_codec_file(spec):
         return ModelCodec.load(Path(spec))
     if not _is_baseline(spec):
-        raise ConfigError(
-            f"expected {EXACT}, a preset with its bits such as 'decode 2.3' ({', '.join(PRESETS)}), a "
-            f"competitor such as kivi:2 ({', '.join(BASELINES)}) or a codec file, got {spec!r}"
-        )
+        raise _unknown(spec)
     method = baseline(spec)
     if not method.needs_fit or tokens is None:
         return method
     if method.name not in fits:
         fits[method.name] = method.fit(model, tokens)
     return dataclasses.replace(fits[method.name], bits=method.bits, window=method.window)
+
+
+def _unknown(spec: str) -> ConfigError:
+    return ConfigError(
+        f"expected {EXACT}, a preset with its bits such as 'decode 2.3' ({', '.join(PRESETS)}), a "
+        f"competitor such as kivi:2 ({', '.join(BASELINES)}) or a codec file, got {spec!r}"
+    )
 
 
 def _is_baseline(spec: str) -> bool:

@@ -268,6 +268,8 @@ def _one_pass(
         logits = adapter.model(input_ids=batch, past_key_values=cache, use_cache=True).logits
     held.coded_bytes += cache.coded_bytes
     held.coded_values += cache.coded_values
+    held.held_bytes += cache.held_bytes
+    held.held_values += cache.held_values
     yield 0, logits
 
 

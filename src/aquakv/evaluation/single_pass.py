@@ -61,9 +61,17 @@ class SinglePassCache(Cache):
             self.layers[index] = _StatelessLayer()
         self.coded_bytes = 0
         self.coded_values = 0
+        self._exact_bytes = 0
+        self._position_bytes = 0
+        self.held_values = 0
         self._encoder: History = ()  # the layers before, as the encoder reconstructs them
         self._decoder: History = ()  # and as a cache of this dtype does
         super().__init__(layers=self.layers)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that an `AquaCache` would hold of the same tokens at the compressed layers."""
+        return self.coded_bytes + self._exact_bytes + self._position_bytes
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -72,7 +80,12 @@ class SinglePassCache(Cache):
         if layer_idx not in self.adapter.compressed_layers:
             return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         rows, heads, tokens, _ = key_states.shape
-        first, coded = self.window.sink_tokens, self.window.coded_tokens(tokens - 1)
+        # No query sees the block that the last token completes, but a cache holds it.
+        first, coded = self.window.sink_tokens, self.window.coded_tokens(tokens)
+        per_token = (key_states.numel() + value_states.numel()) // tokens
+        self.held_values += tokens * per_token
+        self._exact_bytes += (tokens - coded) * per_token * key_states.element_size()
+        self._position_bytes = rows * tokens * torch.int32.itemsize  # shared by the layers
         if coded == 0:
             return key_states, value_states
         positions = torch.arange(first, first + coded).repeat(rows)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aquakv.errors import ModelError
-from aquakv.models.demo import demo_model_path
+from aquakv.models.demo import DEMO, DEMO_MODELS, demo_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-DEMO = "demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_EXPECTED = f"{DEMO}, a local directory, or a Hugging Face id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+_EXPECTED = (
+    f"{', '.join(DEMO_MODELS)}, a local directory, or a Hugging Face id such as "
+    "HuggingFaceTB/SmolLM2-135M-Instruct"
+)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LONGEST_REASON = 180
 
@@ -72,7 +74,8 @@ def load_model(
     Parameters
     ----------
     model
-        ``demo``, a local directory, or a Hub id. A local directory wins over a Hub id of the same name.
+        ``demo``, ``demo:gemma3-270m``, a local directory, or a Hub id. A local directory wins over a Hub id
+        of the same name.
     dtype
         ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
     device
@@ -130,8 +133,8 @@ def resolve_model(model: str) -> str:
     """
     if not isinstance(model, str) or not model.strip():
         raise ModelError(f"expected a model ({_EXPECTED}), got {model!r}")
-    if model == DEMO:
-        return str(demo_model_path(_log.info))
+    if model in DEMO_MODELS or model.startswith(f"{DEMO}:"):
+        return str(demo_model_path(_log.info, model))
     try:
         directory = Path(model).expanduser()
         is_directory, exists = directory.is_dir(), directory.exists()

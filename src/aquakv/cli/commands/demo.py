@@ -23,7 +23,7 @@ from aquakv.data import load_texts, token_sequences
 from aquakv.evaluation.quality import Quality, evaluate_quality
 from aquakv.evaluation.results import SCHEMA_VERSION, environment, quality_fields, write_json
 from aquakv.files import require_writable
-from aquakv.models.loading import DEMO
+from aquakv.models.demo import DEMO
 
 CONTESTANTS = {
     "higgs 2 bit": preset("higgs", 2),

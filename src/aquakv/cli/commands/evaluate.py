@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from aquakv.cli import measured, options
-from aquakv.cli.commands import harness
+from aquakv.cli.commands import grid, harness
 from aquakv.cli.commands.eval_drift import drift
 from aquakv.cli.commands.eval_needle import needle
 from aquakv.cli.commands.eval_ruler import ruler
@@ -33,6 +33,7 @@ harness.add_to(app)
 app.command("needle")(needle)
 app.command("ruler")(ruler)
 app.command("drift")(drift)
+app.command("grid")(grid.grid)
 
 
 class ProtocolChoice(StrEnum):
