@@ -1,0 +1,332 @@
+"""Rate and quality: bits against what compression costs in perplexity and divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from aquakv.evaluation.report import formats
+from aquakv.evaluation.report.chart import FULL, HALF, Axis, Figure, Point, Series, figure
+from aquakv.evaluation.report.load import Record
+from aquakv.evaluation.report.markup import Markup, join, tag
+from aquakv.evaluation.report.names import EXACT, Method, method_of, styles
+from aquakv.evaluation.report.scales import bit_ticks, log_ends, log_ticks
+from aquakv.evaluation.report.section import (
+    Section,
+    data_title,
+    device_of,
+    grouped,
+    model_title,
+    provenance,
+)
+from aquakv.evaluation.report.tables import Column, table
+
+#: Rates up to which methods are compared with each other.
+BANDS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+
+#: The least increase of perplexity, and divergence, that is drawn on a logarithmic axis.
+FLOORS = {"relative_increase": 2e-4, "mean_kl": 1e-5}
+
+#: Families from which on a figure takes the whole width.
+_MANY = 5
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method's rows, by text."""
+
+    method: Method
+    label: str
+    rows: dict[Key, Record]
+
+    def of(self, key: Key, name: str) -> float | None:
+        """Return a figure on a text."""
+        row = self.rows.get(key)
+        return None if row is None else row.number(name)
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per value; on the first text that it was measured on."""
+        return next((bits for row in self.rows.values() if (bits := bits_of(row)) is not None), None)
+
+
+def takes(record: Record) -> bool:
+    """Say whether a row says what a method costs in perplexity, at which rate."""
+    return (
+        record.number("relative_increase") is not None
+        and "data" in record
+        and (bits_of(record) is not None or method_of(record).is_exact)
+    )
+
+
+def bits_of(record: Record) -> float | None:
+    """Return measured bits per value; where tokens were evicted, by all values that were fed."""
+    if isinstance(record.get("pruning"), dict):
+        return record.number("bits_per_original_value")
+    return record.number("bits_per_value")
+
+
+def section(records: Sequence[Record]) -> Section | None:
+    """Return the section of rows that `takes` takes, if there are any."""
+    rows = [record for record in records if takes(record)]
+    if not rows:
+        return None
+    return Section(
+        "quality",
+        "Rate and quality",
+        "What compression costs, against the bits that it takes. Every figure compares a method with the exact "
+        "cache of the same model on the same tokens; bits are measured: all bytes of the compressed part, "
+        "scales included. Further down and further left is better.",
+        join([_comparison(group) for group in comparisons(rows)]),
+    )
+
+
+def comparisons(rows: Sequence[Record]) -> list[list[Record]]:
+    """Return rows that may be compared: one model and dtype, device, calibration and eviction."""
+    return list(
+        grouped(
+            rows,
+            lambda row: (
+                row.text("model"),
+                row.text("dtype", row.text("model_dtype")),
+                device_of(row),
+                row.text("calibration"),
+                row.number("calibration_tokens"),
+                isinstance(row.get("pruning"), dict),
+            ),
+        ).values()
+    )
+
+
+def text_key(record: Record) -> Key:
+    """Return what tells texts apart: data, tokens of a sequence, and how many of them."""
+    return record.text("data"), record.text("seq_len"), record.text("samples", record.text("tokens"))
+
+
+def entries(rows: Sequence[Record]) -> list[Entry]:
+    """Return methods in the order of their bits, the exact cache last."""
+    found: dict[tuple[str, str], Entry] = {}
+    for row in rows:
+        method = method_of(row)
+        entry = found.setdefault((method.label, row.source.name), Entry(method, method.label, {}))
+        entry.rows[text_key(row)] = row
+    labels = [label for label, _ in found]
+    named = [
+        entry if labels.count(label) == 1 else Entry(entry.method, f"{label} ({source})", entry.rows)
+        for (label, source), entry in found.items()
+    ]
+    return sorted(named, key=lambda entry: (entry.method.is_exact, entry.bits or 16.0))
+
+
+def _comparison(rows: Sequence[Record]) -> Markup:
+    found, first = entries(rows), rows[0]
+    keys = list(dict.fromkeys(map(text_key, rows)))
+    titles = {key: text_title(next(row for row in rows if text_key(row) == key), keys) for key in keys}
+    families = list(dict.fromkeys(entry.method.family for entry in found if not entry.method.is_exact))
+    large = len(families) > _MANY
+    charts = []
+    for key in keys:
+        metrics = ("relative_increase", "mean_kl") if key == keys[0] else ("relative_increase",)
+        charts += [_chart(found, key, titles[key], metric, large) for metric in metrics]
+    evicted = isinstance(first.get("pruning"), dict)
+    facts = [
+        first.text("dtype", first.text("model_dtype")),
+        device_of(first),
+        f"calibrated on {formats.number(first.number('calibration_tokens'), 9)} tokens of "
+        f"{first.text('calibration')}"
+        if "calibration_tokens" in first
+        else "",
+        "with evicted tokens; bits by all values that were fed" if evicted else "",
+    ]
+    return tag(
+        "section",
+        tag("h3", model_title(first) + (", tokens evicted" if evicted else "")),
+        tag("p", "; ".join(filter(None, facts)) + ".", class_="facts"),
+        tag("div", charts, class_="charts" if not large else "charts wide"),
+        _table(found, keys, titles),
+        tag("p", _unseen(rows), class_="note") if any(row.get("unseen") for row in rows) else None,
+        provenance(rows),
+    )
+
+
+def _unseen(rows: Sequence[Record]) -> str:
+    return "* marks a kind of text that calibration had none of."
+
+
+def text_title(record: Record, keys: Sequence[Key]) -> str:
+    """Return a column's title: the data, and its length where the same data has several."""
+    title = data_title(record) or "text not named"
+    data, length, _ = text_key(record)
+    same = [key for key in keys if key[0] == data]
+    if len(same) > 1:
+        title += f", {formats.number(record.number('seq_len'), 9)} tokens" if length else ""
+    return title + ("*" if record.get("unseen") else "")
+
+
+_Y_TITLES = {
+    "relative_increase": "Increase of perplexity",
+    "mean_kl": "Mean KL from the exact cache, nats",
+}
+
+
+def _chart(found: Sequence[Entry], key: Key, title: str, metric: str, large: bool) -> Markup | None:
+    shown = [
+        entry
+        for entry in found
+        if not entry.method.is_exact and entry.of(key, metric) is not None and entry.bits is not None
+    ]
+    if not shown:
+        return None
+    values = [entry.of(key, metric) or 0.0 for entry in shown]
+    floor = FLOORS[metric]
+    low, high = log_ends(value for value in values if value >= floor)
+    least, most = log_ends(entry.bits or 1.0 for entry in shown)
+    percent = metric == "relative_increase"
+    families = grouped(shown, lambda entry: entry.method.family)
+    look = styles(list(families))
+    series = [
+        Series(
+            family,
+            [_point(entry, key, metric) for entry in sorted(members, key=lambda entry: entry.bits or 0)],
+            look[family],
+            joined="variants" not in family,
+        )
+        for family, members in families.items()
+    ]
+    y_title = f"{_Y_TITLES[metric]}: {title}"
+    below = sum(value < floor for value in values)
+    caption = [f"{_Y_TITLES[metric]} on {title} against measured bits per value, both logarithmic."]
+    if percent and any(entry.of(key, "relative_increase_stderr") for entry in shown):
+        caption.append("Bars: one standard error.")
+    if below:
+        least_text = formats.percent_tick(floor) if percent else formats.tick(floor)
+        caption.append(
+            f"Hollow markers on the exact cache's line: {below} figure{'s' * (below > 1)} below {least_text}, "
+            "or negative, which is no difference from the exact cache."
+        )
+    return figure(
+        Figure(
+            " ".join(caption),
+            series,
+            Axis(
+                "bits per value",
+                least,
+                most,
+                bit_ticks(least, most) or [least],
+                formats.tick,
+                log=True,
+            ),
+            Axis(
+                y_title,
+                low,
+                high,
+                log_ticks(low, high),
+                formats.percent_tick if percent else formats.tick,
+                log=True,
+            ),
+            zero="exact cache, 16 bits",
+            zero_tick="0 %" if percent else "0",
+        ),
+        " ".join(caption),
+        size=FULL if large else HALF,
+    )
+
+
+def _point(entry: Entry, key: Key, metric: str) -> Point:
+    value, bits = entry.of(key, metric) or 0.0, entry.bits or 0.0
+    increase, error = entry.of(key, "relative_increase"), entry.of(key, "relative_increase_stderr")
+    hover = [f"{formats.fixed(bits, 3)} bits", formats.increase(increase, error)]
+    if (kl := entry.of(key, "mean_kl")) is not None:
+        hover.append(f"KL {formats.number(kl)} nats")
+    text = f"{entry.label}; {', '.join(hover)}"
+    if metric == "relative_increase" and error:
+        return Point(bits, value, text, value - error, value + error)
+    return Point(bits, value, text)
+
+
+def band_of(bits: float) -> str:
+    """Return the heading of the rates that a rate is compared with."""
+    previous = 0.0
+    for edge in BANDS:
+        if bits <= edge:
+            return f"up to {edge:g} bit" if previous == 0 else f"{previous:g} to {edge:g} bits"
+        previous = edge
+    return f"above {previous:g} bits"
+
+
+def _table(found: Sequence[Entry], keys: Sequence[Key], titles: dict[Key, str]) -> Markup:
+    def figure_of(entry: Entry, key: Key, name: str) -> float | None:
+        return entry.of(key, name)
+
+    first = keys[0]
+    columns: list[Column[Entry]] = [
+        Column("cache", lambda entry: entry.label, numeric=False),
+        Column("bits per value", lambda entry: entry.bits, lambda bits: formats.fixed(bits, 2)),
+    ]
+    if any(entry.of(first, "bits_per_value_total") is not None for entry in found):
+        columns.append(
+            Column(
+                "with exact tokens",
+                partial(figure_of, key=first, name="bits_per_value_total"),
+                lambda bits: formats.fixed(bits, 2),
+            )
+        )
+    columns += [
+        Column(titles[key], partial(figure_of, key=key, name="relative_increase"), formats.increase, "low")
+        for key in keys
+    ]
+    places: Callable[[float], str] = lambda value: formats.fixed(value, 4)  # noqa: E731
+    columns += [
+        Column("mean KL, nats", partial(figure_of, key=first, name="mean_kl"), places, "low"),
+        Column("same top token", partial(figure_of, key=first, name="top1_agreement"), formats.percent, "high"),
+    ]
+    exact = [entry for entry in found if entry.method.is_exact]
+    bands = grouped(
+        [entry for entry in found if not entry.method.is_exact], lambda entry: band_of(entry.bits or 16)
+    )
+    groups: list[tuple[str | None, Sequence[Entry]]] = list(bands.items())
+    if exact:
+        groups.append((EXACT, exact))
+    more = f"; KL and top token on {titles[first]}" if len(keys) > 1 else ""
+    return table(
+        f"Increase of perplexity over the exact cache by text{more}. ★ best of its range of rates.",
+        columns,
+        groups,
+        judged=lambda entry: not entry.method.is_exact,
+        strong=lambda entry: entry.method.ours,
+    )
+
+
+@dataclass(frozen=True)
+class Least:
+    """The fewest bits that stay within some increase of perplexity."""
+
+    model: str
+    text: str
+    limit: float
+    label: str
+    bits: float
+    increase: float
+
+
+def least_bits(records: Sequence[Record], limit: float) -> list[Least]:
+    """Return, for every comparison of several methods, who stays within a limit with the fewest bits."""
+    found = []
+    for rows in comparisons([record for record in records if takes(record)]):
+        key = text_key(rows[0])
+        if isinstance(rows[0].get("pruning"), dict) or "kept" in rows[0]:
+            continue
+        shown = [entry for entry in entries(rows) if not entry.method.is_exact and entry.bits is not None]
+        within = [
+            (entry.bits or 0, increase, entry)
+            for entry in shown
+            if (increase := entry.of(key, "relative_increase")) is not None and increase <= limit
+        ]
+        if len(shown) > 1 and within:
+            bits, increase, entry = min(within, key=lambda item: item[:2])
+            title = text_title(rows[0], [key])
+            found.append(Least(model_title(rows[0]), title, limit, entry.label, bits, increase))
+    return found
