@@ -50,7 +50,13 @@ def needle(contestant, bits, slip):
         for length in (1024, 2048, 4096, 8192)
         for depth in (0.0, 0.25, 0.5, 0.75, 1.0)
     ]
-    return {"contestant": contestant, "model": "demo", "task": "needle", "bits_per_value": bits, "cells": cells}
+    return {
+        "contestant": contestant,
+        "model": "demo",
+        "task": "needle",
+        "bits_per_value": bits,
+        "cells": cells,
+    }
 
 
 NEEDLE = [needle("storage 1.25", 1.3, 0.02), needle("kivi:2", 3.0, 0.13), needle("exact", 16.0, 0.0)]
@@ -78,7 +84,12 @@ DRIFT = [
         "data": "wikitext2:test",
         "bits_per_value": bits,
         "bins": [
-            {"start": 1024 * i, "end": 1024 * (i + 1), "mean_kl": (1 + 0.1 * i) / bits**3, "top1_agreement": 0.95}
+            {
+                "start": 1024 * i,
+                "end": 1024 * (i + 1),
+                "mean_kl": (1 + 0.1 * i) / bits**3,
+                "top1_agreement": 0.95,
+            }
             for i in range(8)
         ],
     }

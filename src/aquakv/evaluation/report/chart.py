@@ -103,6 +103,7 @@ def figure(content: Figure, caption: object = None, *, size: Size = HALF, legend
     ]
     return tag(
         "figure",
+        tag("p", content.y.title, class_="chart-title"),
         _Drawing(content, size).svg(),
         _Drawing(content, NARROW).svg(),
         tag("ul", items, class_="legend") if legend and len(items) > 1 else None,
@@ -121,12 +122,15 @@ class _Drawing:
         if content.zero is not None:
             texts.append(content.zero_tick)
         gutter = max((width_of(text, font) for text in texts), default=0.0) + 10
-        self.plot = Box(gutter, 2.1 * font, size.width - 12, size.height - 3.5 * font)
+        self.plot = Box(gutter, 0.8 * font, size.width - 12, size.height - 3.5 * font)
         self.x = Scale(content.x.low, content.x.high, self.plot.left, self.plot.right, content.x.log)
         bottom = self.plot.bottom - (_STRIP if content.zero is not None else 0)
         self.y = Scale(content.y.low, content.y.high, bottom, self.plot.top, content.y.log)
         self.zero = self.plot.bottom - 12
         self.taken: list[Box] = []
+        at = {id(one): [self._at(point) for point in one.points] for one in content.series}
+        self.lines = [spot for one in content.series if one.joined for spot in _along(at[id(one)])]
+        self.marks = [spot for spots in at.values() for spot in spots]
 
     def svg(self) -> Markup:
         content, size = self.content, self.size
@@ -181,7 +185,6 @@ class _Drawing:
         return join(
             parts,
             tag("path", d=frame, class_="axis"),
-            tag("text", content.y.title, x=0, y=font, class_="title"),
             tag(
                 "text",
                 content.x.title,
@@ -221,13 +224,23 @@ class _Drawing:
             return None
         width = width_of(text, font)
         above = y - 0.45 * font if y - 1.6 * font > plot.top else y + 1.15 * font
-        self.taken.append(Box(plot.right - width, above - font, plot.right, above + 0.2 * font))
+        boxes = [
+            Box(right - width, above - font, right, above + 0.3 * font)
+            for part in (1.0, 0.0, 0.5, 0.75, 0.25)
+            for right in [plot.left + width + 4 + part * (plot.right - plot.left - width - 4)]
+        ]
+        box = min(boxes, key=self._covered)
+        self.taken.append(box)
         return join(
             strip,
             tag("path", d=f"M{plot.left:.1f} {y:.1f}H{plot.right:.1f}", class_="line c-exact exact"),
             tick,
-            tag("text", text, x=plot.right, y=above, text_anchor="end", class_="name c-exact"),
+            tag("text", text, x=box.right, y=above, text_anchor="end", class_="name c-exact"),
         )
+
+    def _covered(self, box: Box) -> int:
+        """Return how much of lines and markers a box covers."""
+        return sum(box.holds(spot, 1) for spot in self.lines) + 4 * sum(box.holds(s, 6) for s in self.marks)
 
     def _line(self, one: Series) -> Markup | None:
         if not one.joined or len(one.points) < 2:
@@ -242,7 +255,7 @@ class _Drawing:
             x, y = self._at(point)
             error = None
             if point.low is not None and point.high is not None:
-                low, high = self._height(point.low), self._height(point.high)
+                low, high = self.y(point.low), self.y(point.high)
                 if abs(low - high) > 2 * radius:
                     error = tag(
                         "path", d=f"M{x:.1f} {low:.1f}V{high:.1f}", class_=f"error c-{one.style.colour}"
@@ -263,26 +276,21 @@ class _Drawing:
         ]
         if len(self.content.series) < 2:
             return Markup()
-        at = {id(one): [self._at(point) for point in one.points] for one in self.content.series}
-        lines = [spot for one in self.content.series if one.joined for spot in _along(at[id(one)])]
-        marks = [spot for spots in at.values() for spot in spots]
-        if len(marks) > 120:
+        if len(self.marks) > 120:
             return Markup()
         parts = []
         room = Box(self.plot.left + 2, self.plot.top, self.plot.right, self.plot.bottom - 2)
         for one in named:
-            spots = at[id(one)]
+            spots = [self._at(point) for point in one.points]
             ends = [spots[0], spots[-1], *spots[1:-1]] if spots else []
             found = place(
-                one.name, self.size.font, one.style.strong, ends, room, self.taken, lines, marks
+                one.name, self.size.font, one.style.strong, ends, room, self.taken, self.lines, self.marks
             )
             if found is None:
                 continue
             self.taken.append(found.box)
             kind = f"name c-{one.style.colour}" + (" strong" if one.style.strong else "")
-            parts.append(
-                tag("text", one.name, x=found.x, y=found.y, text_anchor=found.anchor, class_=kind)
-            )
+            parts.append(tag("text", one.name, x=found.x, y=found.y, text_anchor=found.anchor, class_=kind))
         return join(parts)
 
 

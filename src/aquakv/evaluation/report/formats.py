@@ -62,7 +62,8 @@ def tokens(count: float) -> str:
 
 def tick(value: float) -> str:
     """Return a number as an axis has it."""
-    return f"{value:,.10g}".replace("-", MINUS)
+    text = f"{value:,.10f}".rstrip("0").rstrip(".")
+    return _signed(text)
 
 
 def percent_tick(part: float) -> str:

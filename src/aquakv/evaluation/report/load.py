@@ -167,7 +167,9 @@ def _records(path: Path, content: bytes) -> Iterator[Record]:
     except ValueError as error:
         lines = text.splitlines()
         if path.suffix != ".jsonl" and (len(lines) < 2 or not _parses(lines[0])):
-            raise DataError(f"expected JSON in {path}, found something else ({error}); name {_WHAT}") from None
+            raise DataError(
+                f"expected JSON in {path}, found something else ({error}); name {_WHAT}"
+            ) from None
         yield from _lines(path, lines)
         return
     yield from _of_object(whole, path.name, str(path))

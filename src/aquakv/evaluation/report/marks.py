@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from aquakv.evaluation.report.markup import Markup, tag
 from aquakv.evaluation.report.names import Style
@@ -18,7 +19,7 @@ def _star() -> str:
     return _closed((r * math.sin(a), -r * math.cos(a)) for r, a in points)
 
 
-def _closed(points) -> str:  # noqa: ANN001
+def _closed(points: Iterable[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.3f} {y:.3f}" for x, y in points) + "Z"
 
 
@@ -32,6 +33,7 @@ SHAPES = {
     "right": _polygon(3, math.pi / 2),
     "diamond": _polygon(4, 0),
     "hexagon": _polygon(6, 0),
+    "pentagon": _polygon(5, 0),
     "star": _star(),
     "cross": "M-0.9 -0.9L0.9 0.9M-0.9 0.9L0.9 -0.9",
     "plus": "M-1.1 0L1.1 0M0 -1.1L0 1.1",

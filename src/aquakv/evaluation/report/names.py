@@ -10,6 +10,7 @@ from aquakv.config import PRESETS
 from aquakv.evaluation.report.load import Record
 
 EXACT = "exact"
+EXACT_LABEL = "exact cache"
 
 #: Competitors by their names on the command line.
 SYSTEMS = {
@@ -24,6 +25,9 @@ SYSTEMS = {
     "fp8": "FP8",
     "quanto": "quanto (transformers)",
 }
+
+#: What families are called that keep our exact tokens.
+_WINDOW = ", our window"
 
 _EVICTION = {"h2o": "H2O", "snapkv": "SnapKV"}
 
@@ -84,13 +88,13 @@ def _named(record: Record) -> Method:
     if isinstance(other, dict):
         bits = other.get("bits")
         return _of_spec(f"{other.get('name')}:{bits:g}" if isinstance(bits, (int, float)) else str(other))
-    return Method("exact cache", EXACT)
+    return Method(EXACT_LABEL, EXACT)
 
 
 def _of_spec(spec: str, record: Record | None = None) -> Method:
     """Read a contestant: a preset with its bits, a competitor, a codec file, or the exact cache."""
     if spec == EXACT:
-        return Method("exact cache", EXACT)
+        return Method(EXACT_LABEL, EXACT)
     if spec.endswith(".safetensors"):
         codec = record.get("codec") if record is not None else None
         name = PurePath(spec).name
@@ -100,24 +104,55 @@ def _of_spec(spec: str, record: Record | None = None) -> Method:
     if colon and name in BASELINES:
         bits, _, window = setting.partition("+")
         system = SYSTEMS.get(name, name)
-        more = ", our window" if window else ""
-        return Method(f"{system} {bits} bit{more}", f"{system}{more}")
+        more = _WINDOW if window else ""
+        return Method(f"{system} {bits}\u00a0bit{more}", f"{system}{more}")
     if spec in BASELINES and spec not in PRESETS:
         return Method(SYSTEMS.get(spec, spec), SYSTEMS.get(spec, spec))
     first, _, rest = spec.partition(" ")
     if first in PRESETS and (not rest or rest[0].isdigit()):
         family = "higgs (aquakv)" if first == "higgs" else first
         number = rest.removesuffix(" bit")
-        return Method(f"{family} {number} bit" if number else family, family, first in OURS)
+        return Method(f"{family} {number}\u00a0bit" if number else family, family, first in OURS)
     return Method(spec, spec)
 
 
-#: Stroke of presets: CSS variables, so that the page's dark mode has its own.
-_PRESET_COLOURS = {"storage": "storage", "decode": "decode", "paper": "paper"}
-#: Markers of presets are filled, all others hollow.
+#: Markers of presets are filled, all others hollow; their colours are CSS variables of their names.
 _PRESET_MARKERS = {"storage": "circle", "decode": "square", "paper": "up"}
-_MARKERS = ("diamond", "down", "cross", "plus", "left", "right", "hexagon", "star", "bar", "up", "square", "circle")
+_MARKERS = (
+    "diamond",
+    "down",
+    "cross",
+    "plus",
+    "left",
+    "right",
+    "hexagon",
+    "star",
+    "pentagon",
+    "up",
+    "square",
+    "circle",
+)
+_DASHES = (None, "6 3", "2 3")
 _MUTED = 8
+
+#: Competitors look the same in every figure.
+_SLOTS = {
+    name: slot
+    for slot, name in enumerate(
+        (
+            "KVTC-like",
+            "KIVI",
+            "KVQuant",
+            "HIGGS",
+            "TurboQuant",
+            "QuaRot",
+            "quanto (transformers)",
+            "FP8",
+            "TurboQuant, sketched keys",
+            "round-to-nearest",
+        )
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -145,17 +180,21 @@ class Style:
 def styles(families: list[str]) -> dict[str, Style]:
     """Return a style for every family; colours of other methods repeat, with other markers and dashes."""
     found: dict[str, Style] = {}
-    others = 0
+    others = len(_SLOTS)
     for family in families:
-        base = family.split(",")[0].split(" ")[0]
-        if family in _PRESET_COLOURS:
-            found[family] = Style(_PRESET_COLOURS[family], _PRESET_MARKERS[family], strong=True)
-        elif base in _PRESET_COLOURS and base not in {f.split(",")[0] for f in found}:
-            found[family] = Style(_PRESET_COLOURS[base], _PRESET_MARKERS[base], strong=True)
-        elif family == EXACT:
-            found[family] = Style("exact", "bar")
+        base = family.replace(",", " ").split()[0]
+        if base in _PRESET_MARKERS:
+            seen = sum(style.colour == base for style in found.values())
+            mark = _PRESET_MARKERS[base] if not seen else _MARKERS[(seen - 1) % len(_MARKERS)]
+            found[family] = Style(base, mark, strong=True, dash=_DASHES[min(seen, len(_DASHES) - 1)])
+        elif family in (EXACT, EXACT_LABEL):
+            found[family] = Style("exact", "diamond")
         else:
-            dash = (None, "5 3", "2 3")[others // _MUTED % 3]
-            found[family] = Style(f"muted-{others % _MUTED}", _MARKERS[others % len(_MARKERS)], dash=dash)
-            others += 1
+            system = family.removesuffix(_WINDOW)
+            slot = _SLOTS.get(system, others)
+            others += system not in _SLOTS
+            windowed = system != family  # the colour of the system, another marker and dash
+            mark = _MARKERS[(slot + 5 * windowed) % len(_MARKERS)]
+            dash = _DASHES[(slot // _MUTED + 2 * windowed) % len(_DASHES)]
+            found[family] = Style(f"muted-{slot % _MUTED}", mark, dash=dash)
     return found

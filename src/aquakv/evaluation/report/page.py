@@ -87,10 +87,12 @@ def _contents(shown: Sequence[Section]) -> Markup:
 def _glance(inputs: Inputs) -> Markup | None:
     """Name the fewest bits that stay within a small loss, for every model and text that allows it."""
     found = [one for limit in _LIMITS for one in least_bits(inputs.records, limit)]
-    best: list[Least] = [
-        min(members, key=lambda one: one.bits)
-        for members in grouped(found, lambda one: (one.model, one.limit)).values()
-    ]
+    best: list[Least] = []
+    for members in grouped(found, lambda one: one.model).values():
+        for same in grouped(members, lambda one: one.limit).values():
+            one = min(same, key=lambda one: one.bits)
+            if (one.model, one.label) not in [(other.model, other.label) for other in best]:
+                best.append(one)
     if not best:
         return None
     cards = [
@@ -107,4 +109,6 @@ def _glance(inputs: Inputs) -> Markup | None:
         for one in best
     ]
     heading = tag("h2", "At a glance", id="glance-title")
-    return tag("section", heading, tag("ul", cards, class_="cards"), class_="glance", aria_labelledby="glance-title")
+    return tag(
+        "section", heading, tag("ul", cards, class_="cards"), class_="glance", aria_labelledby="glance-title"
+    )

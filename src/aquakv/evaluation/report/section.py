@@ -77,7 +77,9 @@ def provenance(records: Sequence[Record]) -> Markup:
     """Say which files figures come from, and on what, with which versions and commit they were measured."""
     lines = []
     for source, of_source in grouped(records, lambda record: record.source.name).items():
-        said = grouped(of_source, lambda record: (device_of(record), record.text("git_sha"), id(record.source)))
+        said = grouped(
+            of_source, lambda record: (device_of(record), record.text("git_sha"), id(record.source))
+        )
         for (device, commit, _), rows in said.items():
             lines.append(tag("li", _origin(source, rows[0].source, device, commit)))
     return tag("ul", lines, class_="source")

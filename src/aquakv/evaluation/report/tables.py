@@ -11,6 +11,9 @@ from aquakv.evaluation.report.markup import Markup, tag
 
 Row = TypeVar("Row")
 
+#: Columns from which on a table is set closer.
+_MANY = 8
+
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
@@ -45,11 +48,13 @@ class Column(Generic[Row]):
 
 
 def best_cells(column: Column[Row], rows: Sequence[Row]) -> set[int]:
-    """Return which rows are the best of a column: none if there is one number only, several if they look equal.
+    """Return which rows are the best of a column: none of one number only, several if they look equal.
 
     Rows whose figures are written alike are level: what a table does not show it does not judge.
     """
-    numbers = {index: value for index, row in enumerate(rows) if isinstance(value := column.value(row), (int, float))}
+    numbers = {
+        index: value for index, row in enumerate(rows) if isinstance(value := column.value(row), (int, float))
+    }
     if column.best is None or len(numbers) < 2:
         return set()
     pick = min if column.best == "low" else max
@@ -95,17 +100,25 @@ def table(
         }
         lines = []
         if title is not None:
-            lines.append(tag("tr", tag("th", tag("span", title), scope="rowgroup", colspan=len(columns)), class_="band"))
+            lines.append(
+                tag(
+                    "tr", tag("th", tag("span", title), scope="rowgroup", colspan=len(columns)), class_="band"
+                )
+            )
         for row in rows:
             name = tag("th", columns[0].written(row), scope="row", class_="strong" if strong(row) else None)
-            cells = [
-                _cell(column, row, (id(column), id(row)) in best) for column in columns[1:]
-            ]
+            cells = [_cell(column, row, (id(column), id(row)) in best) for column in columns[1:]]
             lines.append(tag("tr", name, cells))
         bodies.append(tag("tbody", lines))
     return tag(
         "div",
-        tag("table", tag("caption", caption), tag("thead", head), bodies),
+        tag(
+            "table",
+            tag("caption", tag("span", caption)),
+            tag("thead", head),
+            bodies,
+            class_="dense" if len(columns) > _MANY else None,
+        ),
         class_="scroll",
         role="region",
         aria_label=caption,

@@ -40,8 +40,8 @@ def section(records: Sequence[Record]) -> Section | None:
     return Section(
         "calibration",
         "Calibration",
-        "Seconds that it takes to calibrate a codec, once per model. Where only some layers were run, the time "
-        "of all of them is projected from these, and says so.",
+        "Seconds that it takes to calibrate a codec, once per model. Where only some layers were run, the "
+        "time of all of them is projected from these, and says so.",
         join([_group(members) for members in groups.values()]),
     )
 
@@ -72,7 +72,10 @@ def _group(rows: Sequence[Record]) -> Markup:
     for phase, title in PHASES.items():
         if any(phase in run.phases for run in runs):
             columns.append(Column(title, lambda run, phase=phase: run.phases.get(phase), formats.seconds))
-    for name, title in (("peak_device_bytes", "device memory, most"), ("peak_host_bytes", "host memory, most")):
+    for name, title in (
+        ("peak_device_bytes", "device memory, most"),
+        ("peak_host_bytes", "host memory, most"),
+    ):
         if any(run.total.number(name) is not None for run in runs):
             columns.append(Column(title, lambda run, name=name: run.total.number(name), formats.size))
     if any(run.total.number("tokens_per_second") is not None for run in runs):
@@ -93,7 +96,11 @@ def _stack(run: _Run) -> Markup:
     known = [(phase, value) for phase in PHASES if (value := run.phases.get(phase))]
     whole = sum(value for _, value in known)
     parts = [
-        tag("span", class_=f"part part-{list(PHASES).index(phase)}", style=f"--part:{100 * value / whole:.2f}%")
+        tag(
+            "span",
+            class_=f"part part-{list(PHASES).index(phase)}",
+            style=f"--part:{100 * value / whole:.2f}%",
+        )
         for phase, value in known
     ]
     items = [
@@ -107,6 +114,12 @@ def _stack(run: _Run) -> Markup:
     return tag(
         "figure",
         tag("figcaption", f"{run.name}: {formats.seconds(whole)}"),
-        tag("div", parts, class_="stack", role="img", aria_label=f"Phases of {run.name}; the list below says them"),
+        tag(
+            "div",
+            parts,
+            class_="stack",
+            role="img",
+            aria_label=f"Phases of {run.name}; the list below says them",
+        ),
         tag("ul", items, class_="legend"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from aquakv.evaluation.report import formats
@@ -26,8 +27,8 @@ def section(codecs: Sequence[CodecFigures]) -> Section | None:
     return Section(
         "codecs",
         "Codecs, layer by layer",
-        "What the predictor explains of each layer's variance, on text that calibration held out, and how many "
-        "bits of a value the allocation gives to keys and to values.",
+        "What the predictor explains of each layer's variance, on text that calibration held out, and how "
+        "many bits of a value the allocation gives to keys and to values.",
         join([_codec(codec) for codec in codecs]),
     )
 
@@ -40,7 +41,8 @@ def _codec(codec: CodecFigures) -> Markup:
         f"{formats.fixed(codec.bits_per_value, 3)} bits per value",
         codec.architecture,
         f"{len(layers)} layers with figures",
-        f"calibrated on {formats.number(record.get('tokens'), 9)} tokens of {', '.join(data) or 'unnamed data'}",
+        f"calibrated on {formats.number(record.get('tokens'), 9)} tokens of "
+        f"{', '.join(data) or 'unnamed data'}",
     ]
     versions = record.get("versions")
     if isinstance(versions, dict):
@@ -51,7 +53,12 @@ def _codec(codec: CodecFigures) -> Markup:
         tag("p", "; ".join(facts) + ".", class_="facts"),
         tag(
             "div",
-            _chart(layers, "Explained variance", _explained, "Part of the variance that prediction explains, by layer."),
+            _chart(
+                layers,
+                "Explained variance",
+                _explained,
+                "Part of the variance that prediction explains, by layer.",
+            ),
             _chart(layers, "Bits per value", _bits, "Bits per value, by layer."),
             class_="charts",
         )
@@ -71,6 +78,7 @@ def _bits(layer: Layer, kind: str) -> float:
 
 def _chart(layers: Sequence[Layer], title: str, figure_of: Any, caption: str) -> Markup:
     percent = figure_of is _explained
+    unit = " %" if percent else ""
     values = [figure_of(layer, kind) for layer in layers for kind in _LOOK]
     low, high = linear_ends(values, floor=0)
     if percent:
@@ -85,7 +93,7 @@ def _chart(layers: Sequence[Layer], title: str, figure_of: Any, caption: str) ->
                 Point(
                     layer["layer"],
                     figure_of(layer, kind),
-                    f"layer {layer['layer']}, {formats.fixed(figure_of(layer, kind), 2)}{' %' if percent else ''}",
+                    f"layer {layer['layer']}, {formats.fixed(figure_of(layer, kind), 2)}{unit}",
                 )
                 for layer in layers
             ],
@@ -115,24 +123,22 @@ def _table(layers: Sequence[Layer]) -> Markup:
     columns: list[Column[Layer]] = [Column("layer", lambda layer: str(layer["layer"]), numeric=False)]
     for kind, name in (("keys", "key"), ("values", "value")):
         columns += [
-            Column(f"{name} bits", lambda layer, kind=kind: _bits(layer, kind), lambda v: formats.fixed(v, 2)),
-            Column(
-                f"{name}s predicted",
-                lambda layer, kind=kind: layer[kind]["explained_variance"],
-                formats.percent,
-                "high",
-            ),
-            Column(
-                f"{name}s, error",
-                lambda layer, kind=kind: layer[kind]["reconstruction_error"],
-                lambda part: formats.percent(part, 3),
-                "low",
-            ),
-            Column(
-                f"{name}s, weight",
-                lambda layer, kind=kind: layer["importance"][kind],
-                lambda v: formats.fixed(v, 2),
-            ),
+            Column(f"{name} bits", partial(_bits, kind=kind), partial(formats.fixed, places=2)),
+            Column(f"{name}s predicted", partial(_predicted, kind=kind), formats.percent, "high"),
+            Column(f"{name}s, error", partial(_error, kind=kind), partial(formats.percent, places=3), "low"),
+            Column(f"{name}s, weight", partial(_weight, kind=kind), partial(formats.fixed, places=2)),
         ]
-    caption = "Figures by layer: errors relative to the variance, weights as the allocation has them. ★ best of its column."
+    caption = "Figures by layer: errors relative to the variance, weights as allocated. ★ best of its column."
     return table(caption, columns, [(None, list(layers))])
+
+
+def _predicted(layer: Layer, kind: str) -> float:
+    return layer[kind]["explained_variance"]
+
+
+def _error(layer: Layer, kind: str) -> float:
+    return layer[kind]["reconstruction_error"]
+
+
+def _weight(layer: Layer, kind: str) -> float:
+    return layer["importance"][kind]

@@ -44,7 +44,9 @@ def section(records: Sequence[Record]) -> Section | None:
 
 
 def _whole(one: object) -> bool:
-    return isinstance(one, dict) and all(isinstance(one.get(k), (int, float)) for k in ("start", "end", "mean_kl"))
+    return isinstance(one, dict) and all(
+        isinstance(one.get(k), (int, float)) for k in ("start", "end", "mean_kl")
+    )
 
 
 def _group(rows: Sequence[Record]) -> Markup:
@@ -52,7 +54,9 @@ def _group(rows: Sequence[Record]) -> Markup:
     look = styles(list(dict.fromkeys(labels)))
     values = [one["mean_kl"] for row in rows for one in row["bins"]]
     low, high = log_ends(values)
-    first, last = linear_ends((end for row in rows for one in row["bins"] for end in (one["start"], one["end"])), floor=0)
+    first, last = linear_ends(
+        (end for row in rows for one in row["bins"] for end in (one["start"], one["end"])), floor=0
+    )
     series = [
         Series(
             label,
@@ -77,10 +81,14 @@ def _group(rows: Sequence[Record]) -> Markup:
     )
     columns: list[Column[Record]] = [
         Column("cache", lambda row: method_of(row).label, numeric=False),
-        Column("bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2)),
+        Column(
+            "bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2)
+        ),
         Column("KL, first tokens", lambda row: row["bins"][0]["mean_kl"], _nats, "low"),
         Column("KL, last tokens", lambda row: row["bins"][-1]["mean_kl"], _nats, "low"),
-        Column("same top token, last", lambda row: row["bins"][-1].get("top1_agreement"), formats.percent, "high"),
+        Column(
+            "same top token, last", lambda row: row["bins"][-1].get("top1_agreement"), formats.percent, "high"
+        ),
     ]
     return tag(
         "section",

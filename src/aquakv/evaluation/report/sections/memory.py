@@ -30,12 +30,14 @@ def section(records: Sequence[Record]) -> Section | None:
     rows = [record for record in records if takes(record)]
     if not rows:
         return None
-    groups = grouped(rows, lambda row: (row.text("model"), row.number("rows"), device_of(row), row.source.name))
+    groups = grouped(
+        rows, lambda row: (row.text("model"), row.number("rows"), device_of(row), row.source.name)
+    )
     return Section(
         "memory",
         "Memory against context",
-        "Bytes as the allocator counts them, beyond the model's weights, by the tokens in the cache. Both axes "
-        "double from line to line. Lower is better.",
+        "Bytes as the allocator counts them, beyond the model's weights, by the tokens in the cache. Both "
+        "axes double from line to line. Lower is better.",
         join([_group(members) for members in groups.values()]),
     )
 
@@ -49,7 +51,9 @@ def _group(rows: Sequence[Record]) -> Markup:
         Column("prefill, most", lambda row: row.number("prefill_peak_bytes"), formats.size, "low"),
         Column("decode, most", lambda row: row.number("peak_bytes"), formats.size, "low"),
         Column("to exact", lambda row: row.number("peak_ratio_to_exact"), formats.percent, "low"),
-        Column("bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2)),
+        Column(
+            "bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2)
+        ),
     ]
     missing = [row for row in rows if row.number("held_bytes") is None]
     sequences = rows[0].number("rows") or 1

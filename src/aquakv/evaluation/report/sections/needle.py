@@ -24,7 +24,9 @@ def takes(record: Record) -> bool:
     return (
         isinstance(cells, list)
         and bool(cells)
-        and all(isinstance(cell, dict) and _ok(cell.get("length")) and _ok(cell.get("depth")) for cell in cells)
+        and all(
+            isinstance(cell, dict) and _ok(cell.get("length")) and _ok(cell.get("depth")) for cell in cells
+        )
     )
 
 
@@ -46,7 +48,9 @@ def section(records: Sequence[Record]) -> Section | None:
 
 def _group(rows: Sequence[Record]) -> Markup:
     maps = []
-    loss = max((value for row in rows for cell in row["cells"] if (value := _loss(cell)) is not None), default=0)
+    loss = max(
+        (value for row in rows for cell in row["cells"] if (value := _loss(cell)) is not None), default=0
+    )
     for row in rows:
         label = method_of(row).label
         bits = row.number("bits_per_value")
@@ -65,7 +69,9 @@ def _group(rows: Sequence[Record]) -> Markup:
             )
     columns: list[Column[Record]] = [
         Column("cache", lambda row: method_of(row).label, numeric=False),
-        Column("bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2)),
+        Column(
+            "bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2)
+        ),
         Column("right answers", lambda row: _mean(row, _accuracy), formats.percent, "high"),
         Column("worst cell", lambda row: _worst(row), formats.percent, "high"),
         Column("nats lost, mean", lambda row: _mean(row, _loss), lambda v: formats.fixed(v, 3), "low"),
@@ -137,7 +143,7 @@ def _whole_percent(part: float) -> str:
 
 def _accuracy(cell: Cell) -> float | None:
     value = cell.get("accuracy")
-    return float(value) if _ok(value) else None
+    return None if value is None or not _ok(value) else float(value)
 
 
 def _loss(cell: Cell) -> float | None:

@@ -12,7 +12,9 @@ from aquakv.evaluation.report.section import Section, grouped, model_title, prov
 from aquakv.evaluation.report.tables import Column, table
 
 #: What a table of other rows does not repeat.
-_LEFT_OUT = frozenset({"contestant", "method", "command", "device", "git_sha", "schema_version", "status", "elapsed_s"})
+_LEFT_OUT = frozenset(
+    {"contestant", "method", "command", "device", "git_sha", "schema_version", "status", "elapsed_s"}
+)
 _MOST_COLUMNS = 12
 
 
@@ -65,6 +67,10 @@ def _group(rows: Sequence[Record], fields: Sequence[str]) -> Markup:
             value = lambda row, name=name: row.number(name)  # noqa: E731
             columns.append(Column(name.replace("_", " "), value, lambda number: formats.number(number, 4)))
         else:
-            columns.append(Column(name.replace("_", " "), lambda row, name=name: row.text(name), numeric=False))
+            columns.append(
+                Column(name.replace("_", " "), lambda row, name=name: row.text(name), numeric=False)
+            )
     title = rows[0].source.name.removesuffix(".json").replace("-", " ")
-    return tag("section", tag("h3", title), table(f"Rows of {title}.", columns, [(None, rows)]), provenance(rows))
+    return tag(
+        "section", tag("h3", title), table(f"Rows of {title}.", columns, [(None, rows)]), provenance(rows)
+    )

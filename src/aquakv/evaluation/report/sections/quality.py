@@ -28,6 +28,8 @@ BANDS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 #: The least increase of perplexity, and divergence, that is drawn on a logarithmic axis.
 FLOORS = {"relative_increase": 2e-4, "mean_kl": 1e-5}
 
+_UNSEEN = "* marks a kind of text that calibration had none of."
+
 #: Families from which on a figure takes the whole width.
 _MANY = 5
 
@@ -77,9 +79,9 @@ def section(records: Sequence[Record]) -> Section | None:
     return Section(
         "quality",
         "Rate and quality",
-        "What compression costs, against the bits that it takes. Every figure compares a method with the exact "
-        "cache of the same model on the same tokens; bits are measured: all bytes of the compressed part, "
-        "scales included. Further down and further left is better.",
+        "What compression costs, against the bits that it takes. Every figure compares a method with the "
+        "exact cache of the same model on the same tokens; bits are measured: all bytes of the compressed "
+        "part, scales included. Further down and further left is better.",
         join([_comparison(group) for group in comparisons(rows)]),
     )
 
@@ -133,7 +135,6 @@ def _comparison(rows: Sequence[Record]) -> Markup:
         charts += [_chart(found, key, titles[key], metric, large) for metric in metrics]
     evicted = isinstance(first.get("pruning"), dict)
     facts = [
-        first.text("dtype", first.text("model_dtype")),
         device_of(first),
         f"calibrated on {formats.number(first.number('calibration_tokens'), 9)} tokens of "
         f"{first.text('calibration')}"
@@ -143,17 +144,23 @@ def _comparison(rows: Sequence[Record]) -> Markup:
     ]
     return tag(
         "section",
-        tag("h3", model_title(first) + (", tokens evicted" if evicted else "")),
+        tag("h3", _title(first, titles, evicted)),
         tag("p", "; ".join(filter(None, facts)) + ".", class_="facts"),
-        tag("div", charts, class_="charts" if not large else "charts wide"),
+        tag("div", charts, class_="charts" if not large else "charts wide") if any(charts) else None,
         _table(found, keys, titles),
-        tag("p", _unseen(rows), class_="note") if any(row.get("unseen") for row in rows) else None,
+        tag("p", _UNSEEN, class_="note") if any(row.get("unseen") for row in rows) else None,
         provenance(rows),
     )
 
 
-def _unseen(rows: Sequence[Record]) -> str:
-    return "* marks a kind of text that calibration had none of."
+def _title(first: Record, titles: dict[Key, str], evicted: bool) -> str:
+    """Return a comparison's heading."""
+    names = [title.rstrip("*") for title in titles.values()]
+    texts = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    dtype = first.text("dtype", first.text("model_dtype"))
+    return ", ".join(
+        filter(None, [f"{model_title(first)}: {texts}", dtype, "tokens evicted" if evicted else ""])
+    )
 
 
 def text_title(record: Record, keys: Sequence[Key]) -> str:
@@ -178,7 +185,7 @@ def _chart(found: Sequence[Entry], key: Key, title: str, metric: str, large: boo
         for entry in found
         if not entry.method.is_exact and entry.of(key, metric) is not None and entry.bits is not None
     ]
-    if not shown:
+    if len(shown) < 2:
         return None
     values = [entry.of(key, metric) or 0.0 for entry in shown]
     floor = FLOORS[metric]
@@ -204,8 +211,8 @@ def _chart(found: Sequence[Entry], key: Key, title: str, metric: str, large: boo
     if below:
         least_text = formats.percent_tick(floor) if percent else formats.tick(floor)
         caption.append(
-            f"Hollow markers on the exact cache's line: {below} figure{'s' * (below > 1)} below {least_text}, "
-            "or negative, which is no difference from the exact cache."
+            f"Hollow markers on the exact cache's line: {below} figure{'s' * (below > 1)} below "
+            f"{least_text}, or negative, which is no difference from the exact cache."
         )
     return figure(
         Figure(
@@ -281,7 +288,9 @@ def _table(found: Sequence[Entry], keys: Sequence[Key], titles: dict[Key, str]) 
     places: Callable[[float], str] = lambda value: formats.fixed(value, 4)  # noqa: E731
     columns += [
         Column("mean KL, nats", partial(figure_of, key=first, name="mean_kl"), places, "low"),
-        Column("same top token", partial(figure_of, key=first, name="top1_agreement"), formats.percent, "high"),
+        Column(
+            "same top token", partial(figure_of, key=first, name="top1_agreement"), formats.percent, "high"
+        ),
     ]
     exact = [entry for entry in found if entry.method.is_exact]
     bands = grouped(

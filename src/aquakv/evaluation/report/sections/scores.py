@@ -85,7 +85,7 @@ def _group(rows: Sequence[Record]) -> Markup:
         tag("h3", model_title(rows[0])),
         _chart(found, tasks),
         table(
-            "Scores by task; the mean only where all tasks were run. ★ best of its column beside the exact cache.",
+            "Scores by task; the mean only where all were run. ★ best of its column beside the exact cache.",
             columns,
             [(None, found)],
             judged=lambda entry: not entry.method.is_exact,
@@ -137,7 +137,9 @@ def _chart(found: Sequence[_Entry], tasks: Sequence[str]) -> Markup | None:
             Figure(
                 caption,
                 series,
-                Axis("bits per value", least, most, bit_ticks(least, most) or [least], formats.tick, log=True),
+                Axis(
+                    "bits per value", least, most, bit_ticks(least, most) or [least], formats.tick, log=True
+                ),
                 Axis(f"Score: {name}", low, high, linear_ticks(low, high), formats.tick),
                 reference=None if exact is None else (exact, "exact cache, 16 bits"),
             ),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from aquakv.evaluation.report import formats
 from aquakv.evaluation.report.load import Record
 from aquakv.evaluation.report.markup import Markup, join, tag
-from aquakv.evaluation.report.names import method_of
-from aquakv.evaluation.report.section import Section, device_of, grouped, provenance
+from aquakv.evaluation.report.names import method_of, styles
+from aquakv.evaluation.report.section import Section, device_of, grouped, model_title, provenance
 from aquakv.evaluation.report.tables import Column, table
 
 _RATIOS = ("ratio_to_bf16", "ratio_to_exact", "ratio_to_prefill")
@@ -28,15 +28,15 @@ def section(records: Sequence[Record]) -> Section | None:
     return Section(
         "speed",
         "Speed",
-        "Medians, with the 20th and 80th percentile where they were kept; ratios are to the uncompressed cache "
-        "in the same process (to a whole layer's prefill where the column says so). Lower is better.",
+        "Medians, with the 20th and 80th percentile where they were kept; ratios are to the uncompressed "
+        "cache in the same process (to a whole layer's prefill where the column says so). Lower is better.",
         join([_group(members) for members in groups.values()]),
     )
 
 
 def _setting(row: Record) -> str:
     """Return what rows have to share to be compared."""
-    parts = [row.text("model"), row.text("phase")]
+    parts = [model_title(row) if "model" in row else "", row.text("phase")]
     if "shape" in row:
         parts.append(f"{row['shape']} tokens".replace(" x ", " × "))
     if "context" in row:
@@ -73,6 +73,7 @@ def _bar(rows: Sequence[Record], name: str) -> Markup | None:
     known = [(row, ratio) for row in rows if (ratio := row.number(name)) is not None]
     if name == "ratio_to_prefill" or len(known) < 2:
         return None
+    look = styles([method_of(row).family for row, _ in known])
     most = max(1.0, *(ratio for _, ratio in known))
     bars = [
         tag(
@@ -80,7 +81,11 @@ def _bar(rows: Sequence[Record], name: str) -> Markup | None:
             tag("span", _name(row), class_="label"),
             tag(
                 "span",
-                tag("span", class_="fill ours" if method_of(row).ours else "fill", style=f"--part:{100 * ratio / most:.1f}%"),
+                tag(
+                    "span",
+                    class_=f"fill c-{look[method_of(row).family].colour}",
+                    style=f"--part:{100 * ratio / most:.1f}%",
+                ),
                 tag("span", class_="one", style=f"--part:{100 / most:.1f}%"),
                 class_="track",
             ),
@@ -99,7 +104,11 @@ def _group(rows: Sequence[Record]) -> Markup:
         Column("median", _median, numeric=True),
     ]
     if ratio is not None:
-        of = {"ratio_to_bf16": "to bf16", "ratio_to_exact": "to exact", "ratio_to_prefill": "of a layer's prefill"}
+        of = {
+            "ratio_to_bf16": "to bf16",
+            "ratio_to_exact": "to exact",
+            "ratio_to_prefill": "of a layer's prefill",
+        }
         text = formats.percent if ratio == "ratio_to_prefill" else _times
         columns.append(Column(of[ratio], lambda row: row.number(ratio), text))
     for name, title, best in (
@@ -111,7 +120,9 @@ def _group(rows: Sequence[Record]) -> Markup:
     if any(row.number("held_bytes") is not None for row in rows):
         columns.append(Column("held", lambda row: row.number("held_bytes"), formats.size, "low"))
     columns.append(
-        Column("bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2))
+        Column(
+            "bits per value", lambda row: row.number("bits_per_value"), lambda bits: formats.fixed(bits, 2)
+        )
     )
     charts = [
         tag("figure", tag("figcaption", f"{setting}: time, exact cache = 1"), bar, class_="half")
