@@ -19,7 +19,7 @@ test-kernels: TESTS := tests/kernels
 test-soak: TESTS := tests/soak
 
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo test $(TEST_PARTS) compatibility versions soak lint types bench clean
+.PHONY: install demo test report $(TEST_PARTS) compatibility versions soak lint types bench clean
 
 install: $(STAMP)
 
@@ -71,6 +71,14 @@ lint: install
 
 types: install
 	$(BIN)/pyright
+
+# The committed results as one page; what was tried on the way has docs/variants.md of its own.
+REPORTED := quality-demo competitors-demo
+report: install
+	@mkdir -p results
+	$(BIN)/aquakv report $(REPORTED:%=benchmarks/results/%.json) \
+		$(filter-out $(REPORTED:%=benchmarks/results/%.json) %/variants-demo.json,$(sort $(wildcard benchmarks/results/*.json))) \
+		--out results/report.html
 
 # Quality needs WikiText-2: set DATA_DIR to a directory with wikitext2/{validation,test}.txt, or leave it to the Hub.
 bench: install

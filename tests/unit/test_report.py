@@ -1,5 +1,7 @@
 """Reports: what is read, how it is drawn, and that every row is somewhere on the page."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -7,6 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import report_samples
 from aquakv.errors import CodecFileError, DataError
@@ -172,6 +176,52 @@ def test_missing_files_folders_damaged_codecs_and_nothing_to_show(tmp_path):
     (tmp_path / "no.json").write_text('{"schema_version": 1, "rows": []}')
     with pytest.raises(DataError, match="got none"):
         page(load([tmp_path / "no.json"]))
+
+
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**400,
+    1e-300,
+    1e300,
+    "",
+    "x",
+    [],
+    [1],
+    ["a", {}],
+    {},
+    {"policy": [], "keep": 2},
+]
+
+
+@pytest.mark.parametrize("kind", list(report_samples.ALL))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_rows_that_hold_anything_make_a_page_or_one_clear_error(tmp_path, kind, data):
+    rows = json.loads(json.dumps(report_samples.ALL[kind]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        row = data.draw(st.sampled_from(rows))
+        inner = [one for name in ("cells", "bins") for one in (row.get(name) or []) if isinstance(one, dict)]
+        row = data.draw(st.sampled_from([row, *inner]))
+        name = data.draw(
+            st.sampled_from([*row, "pruning", "model", "data", "codec", "baseline", "kept", "unseen"])
+        )
+        row[name] = data.draw(st.sampled_from(VALUES))
+    report_samples.write(tmp_path, {"any": rows})
+    with contextlib.suppress(DataError):
+        checked(page(load([tmp_path / "any.json"])))
+
+
+def test_a_codec_without_its_record_says_so(tmp_path):
+    codec = codec_for("llama", "decode")
+    dataclasses.replace(codec, calibration={}).save(tmp_path / "bare")
+    assert "no figures by layer" in checked(page(load([tmp_path / "bare"]))).text
+    dataclasses.replace(codec, calibration={"layers": [{"layer": 0}] * 3}).save(tmp_path / "bare")
+    with pytest.raises(DataError, match="bare: a field is missing"):
+        page(load([tmp_path / "bare"]))
 
 
 # Sections
