@@ -105,6 +105,5 @@ def _chart(rows: Sequence[Record], kind: str) -> Markup | None:
             Axis("tokens in the cache", least, most, power_ticks(least, most, 8), formats.tokens, log=True),
             Axis(_KINDS[kind], low, high, power_ticks(low, high), formats.size, log=True),
         ),
-        caption,
         size=HALF,
     )

@@ -47,7 +47,7 @@ def section(records: Sequence[Record]) -> Section | None:
 
 
 def _group(rows: Sequence[Record]) -> Markup:
-    maps = []
+    maps, losses = [], []
     loss = max(
         (value for row in rows for cell in row["cells"] if (value := _loss(cell)) is not None), default=0
     )
@@ -58,7 +58,7 @@ def _group(rows: Sequence[Record]) -> Markup:
         maps.append(_heat_map(row["cells"], f"{head}: right answers, %", _accuracy, _whole_percent, "heat"))
         if any(_loss(cell) is not None for cell in row["cells"]) and not method_of(row).is_exact:
             scale = loss or 1.0
-            maps.append(
+            losses.append(
                 _heat_map(
                     row["cells"],
                     f"{head}: nats lost on the answer",
@@ -80,6 +80,7 @@ def _group(rows: Sequence[Record]) -> Markup:
         "section",
         tag("h3", f"{model_title(rows[0])}, {rows[0].text('task', 'needle')}"),
         tag("div", maps, class_="charts maps"),
+        tag("div", losses, class_="charts maps") if losses else None,
         table(
             "All lengths and depths together. ★ best of its column.",
             columns,

@@ -81,7 +81,7 @@ def section(records: Sequence[Record]) -> Section | None:
         "Rate and quality",
         "What compression costs, against the bits that it takes. Every figure compares a method with the "
         "exact cache of the same model on the same tokens; bits are measured: all bytes of the compressed "
-        "part, scales included. Further down and further left is better.",
+        "part, scales included. Axes are logarithmic; further down and further left is better.",
         join([_comparison(group) for group in comparisons(rows)]),
     )
 
@@ -205,7 +205,8 @@ def _chart(found: Sequence[Entry], key: Key, title: str, metric: str, large: boo
     ]
     y_title = f"{_Y_TITLES[metric]}: {title}"
     below = sum(value < floor for value in values)
-    caption = [f"{_Y_TITLES[metric]} on {title} against measured bits per value, both logarithmic."]
+    shows = f"{_Y_TITLES[metric]} on {title} against measured bits per value, both logarithmic."
+    caption = []
     if percent and any(entry.of(key, "relative_increase_stderr") for entry in shown):
         caption.append("Bars: one standard error.")
     if below:
@@ -216,7 +217,7 @@ def _chart(found: Sequence[Entry], key: Key, title: str, metric: str, large: boo
         )
     return figure(
         Figure(
-            " ".join(caption),
+            " ".join([shows, *caption]),
             series,
             Axis(
                 "bits per value",
