@@ -410,8 +410,9 @@ def test_tables_mark_the_best_by_more_than_colour_and_not_the_exact_cache():
 
 def test_scales():
     log = scales.Scale(1, 100, 0, 200, log=True)
-    assert [log(value) for value in (1, 10, 100, 1000, 0, -1)] == [0, 100, 200, 200, 0, 0]
+    assert [log(value) for value in (1, 10, 100, 1000, 0, -1)] == pytest.approx([0, 100, 200, 200, 0, 0])
     assert scales.Scale(0, 10, 100, 0)(2.5) == 75
+    assert scales.Scale(1e-300, 1e300, 0, 100, log=True)(1) == pytest.approx(50)
     with pytest.raises(ValueError, match="NaN"):
         log(math.nan)
     for ends in ((1, 1), (2, 1), (math.nan, 1), (0, math.inf)):

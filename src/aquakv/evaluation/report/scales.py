@@ -48,7 +48,8 @@ class Scale:
             raise ValueError("expected a number to draw, got NaN")
         value = min(max(value, self.low), self.high)
         if self.log:
-            part = math.log(value / self.low) / math.log(self.high / self.low)
+            start = math.log(self.low)  # logarithms first: the quotient of the ends may be beyond all numbers
+            part = (math.log(value) - start) / (math.log(self.high) - start)
         else:
             part = (value - self.low) / (self.high - self.low)
         return self.start + part * (self.end - self.start)
