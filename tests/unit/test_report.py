@@ -19,7 +19,7 @@ from aquakv.evaluation.report.chart import Axis, Figure, Point, Series, figure
 from aquakv.evaluation.report.load import Record, Source
 from aquakv.evaluation.report.markup import Markup, join, tag
 from aquakv.evaluation.report.names import method_of, styles
-from aquakv.evaluation.report.sections.quality import band_of, comparisons, least_bits
+from aquakv.evaluation.report.sections.comparison import band_of, comparisons, least_bits
 from aquakv.evaluation.report.tables import Column, best_cells, table
 from tiny_models import codec_for
 

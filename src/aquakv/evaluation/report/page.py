@@ -11,7 +11,7 @@ from aquakv.evaluation.report.load import Inputs
 from aquakv.evaluation.report.markup import Markup, tag
 from aquakv.evaluation.report.section import Section, grouped
 from aquakv.evaluation.report.sections import sections
-from aquakv.evaluation.report.sections.quality import Least, least_bits
+from aquakv.evaluation.report.sections.comparison import Least, least_bits
 
 DEFAULT_TITLE = "KV-cache compression, measured"
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from aquakv.evaluation.report import formats
 from aquakv.evaluation.report.chart import FULL, HALF, Axis, Figure, Point, Series, figure
 from aquakv.evaluation.report.load import Record
 from aquakv.evaluation.report.markup import Markup, join, tag
-from aquakv.evaluation.report.names import EXACT, Method, method_of, styles
+from aquakv.evaluation.report.names import EXACT, styles
 from aquakv.evaluation.report.scales import bit_ticks, log_ends, log_ticks
-from aquakv.evaluation.report.section import (
-    Section,
-    data_title,
-    device_of,
-    grouped,
-    model_title,
-    provenance,
+from aquakv.evaluation.report.section import Section, device_of, grouped, model_title, provenance
+from aquakv.evaluation.report.sections.comparison import (
+    Entry,
+    Key,
+    band_of,
+    comparisons,
+    entries,
+    takes,
+    text_key,
+    text_title,
 )
 from aquakv.evaluation.report.tables import Column, table
 
-#: Rates up to which methods are compared with each other.
-BANDS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+__all__ = ["section", "takes"]
 
 #: The least increase of perplexity, and divergence, that is drawn on a logarithmic axis.
 FLOORS = {"relative_increase": 2e-4, "mean_kl": 1e-5}
@@ -32,43 +33,6 @@ _UNSEEN = "* marks a kind of text that calibration had none of."
 
 #: Families from which on a figure takes the whole width.
 _MANY = 5
-
-Key = tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method's rows, by text."""
-
-    method: Method
-    label: str
-    rows: dict[Key, Record]
-
-    def of(self, key: Key, name: str) -> float | None:
-        """Return a figure on a text."""
-        row = self.rows.get(key)
-        return None if row is None else row.number(name)
-
-    @property
-    def bits(self) -> float | None:
-        """Bits per value; on the first text that it was measured on."""
-        return next((bits for row in self.rows.values() if (bits := bits_of(row)) is not None), None)
-
-
-def takes(record: Record) -> bool:
-    """Say whether a row says what a method costs in perplexity, at which rate."""
-    return (
-        record.number("relative_increase") is not None
-        and "data" in record
-        and (bits_of(record) is not None or method_of(record).is_exact)
-    )
-
-
-def bits_of(record: Record) -> float | None:
-    """Return measured bits per value; where tokens were evicted, by all values that were fed."""
-    if isinstance(record.get("pruning"), dict):
-        return record.number("bits_per_original_value")
-    return record.number("bits_per_value")
 
 
 def section(records: Sequence[Record]) -> Section | None:
@@ -84,43 +48,6 @@ def section(records: Sequence[Record]) -> Section | None:
         "part, scales included. Axes are logarithmic; further down and further left is better.",
         join([_comparison(group) for group in comparisons(rows)]),
     )
-
-
-def comparisons(rows: Sequence[Record]) -> list[list[Record]]:
-    """Return rows that may be compared: one model and dtype, device, calibration and eviction."""
-    return list(
-        grouped(
-            rows,
-            lambda row: (
-                row.text("model"),
-                row.text("dtype", row.text("model_dtype")),
-                device_of(row),
-                row.text("calibration"),
-                row.number("calibration_tokens"),
-                isinstance(row.get("pruning"), dict),
-            ),
-        ).values()
-    )
-
-
-def text_key(record: Record) -> Key:
-    """Return what tells texts apart: data, tokens of a sequence, and how many of them."""
-    return record.text("data"), record.text("seq_len"), record.text("samples", record.text("tokens"))
-
-
-def entries(rows: Sequence[Record]) -> list[Entry]:
-    """Return methods in the order of their bits, the exact cache last."""
-    found: dict[tuple[str, str], Entry] = {}
-    for row in rows:
-        method = method_of(row)
-        entry = found.setdefault((method.label, row.source.name), Entry(method, method.label, {}))
-        entry.rows[text_key(row)] = row
-    labels = [label for label, _ in found]
-    named = [
-        entry if labels.count(label) == 1 else Entry(entry.method, f"{label} ({source})", entry.rows)
-        for (label, source), entry in found.items()
-    ]
-    return sorted(named, key=lambda entry: (entry.method.is_exact, entry.bits or 16.0))
 
 
 def _comparison(rows: Sequence[Record]) -> Markup:
@@ -163,16 +90,6 @@ def _title(first: Record, titles: dict[Key, str], evicted: bool) -> str:
     )
 
 
-def text_title(record: Record, keys: Sequence[Key]) -> str:
-    """Return a column's title: the data, and its length where the same data has several."""
-    title = data_title(record) or "text not named"
-    data, length, _ = text_key(record)
-    same = [key for key in keys if key[0] == data]
-    if len(same) > 1:
-        title += f", {formats.number(record.number('seq_len'), 9)} tokens" if length else ""
-    return title + ("*" if record.get("unseen") else "")
-
-
 _Y_TITLES = {
     "relative_increase": "Increase of perplexity",
     "mean_kl": "Mean KL from the exact cache, nats",
@@ -213,7 +130,7 @@ def _chart(found: Sequence[Entry], key: Key, title: str, metric: str, large: boo
         least_text = formats.percent_tick(floor) if percent else formats.tick(floor)
         caption.append(
             f"Hollow markers on the exact cache's line: {below} figure{'s' * (below > 1)} below "
-            f"{least_text}, or negative, which is no difference from the exact cache."
+            f"{least_text}, or negative: no loss."
         )
     return figure(
         Figure(
@@ -253,16 +170,6 @@ def _point(entry: Entry, key: Key, metric: str) -> Point:
     if metric == "relative_increase" and error:
         return Point(bits, value, text, value - error, value + error)
     return Point(bits, value, text)
-
-
-def band_of(bits: float) -> str:
-    """Return the heading of the rates that a rate is compared with."""
-    previous = 0.0
-    for edge in BANDS:
-        if bits <= edge:
-            return f"up to {edge:g} bit" if previous == 0 else f"{previous:g} to {edge:g} bits"
-        previous = edge
-    return f"above {previous:g} bits"
 
 
 def _table(found: Sequence[Entry], keys: Sequence[Key], titles: dict[Key, str]) -> Markup:
@@ -308,35 +215,3 @@ def _table(found: Sequence[Entry], keys: Sequence[Key], titles: dict[Key, str]) 
         judged=lambda entry: not entry.method.is_exact,
         strong=lambda entry: entry.method.ours,
     )
-
-
-@dataclass(frozen=True)
-class Least:
-    """The fewest bits that stay within some increase of perplexity."""
-
-    model: str
-    text: str
-    limit: float
-    label: str
-    bits: float
-    increase: float
-
-
-def least_bits(records: Sequence[Record], limit: float) -> list[Least]:
-    """Return, for every comparison of several methods, who stays within a limit with the fewest bits."""
-    found = []
-    for rows in comparisons([record for record in records if takes(record)]):
-        key = text_key(rows[0])
-        if isinstance(rows[0].get("pruning"), dict) or "kept" in rows[0]:
-            continue
-        shown = [entry for entry in entries(rows) if not entry.method.is_exact and entry.bits is not None]
-        within = [
-            (entry.bits or 0, increase, entry)
-            for entry in shown
-            if (increase := entry.of(key, "relative_increase")) is not None and increase <= limit
-        ]
-        if len(shown) > 1 and within:
-            bits, increase, entry = min(within, key=lambda item: item[:2])
-            title = text_title(rows[0], [key])
-            found.append(Least(model_title(rows[0]), title, limit, entry.label, bits, increase))
-    return found
