@@ -255,7 +255,7 @@ class _Drawing:
             x, y = self._at(point)
             error = None
             if point.low is not None and point.high is not None:
-                low, high = self.y(point.low), self.y(point.high)
+                low, high = (self.zero if y == self.zero else self.y(point.low)), self.y(point.high)
                 if abs(low - high) > 2 * radius:
                     error = tag(
                         "path", d=f"M{x:.1f} {low:.1f}V{high:.1f}", class_=f"error c-{one.style.colour}"
@@ -279,7 +279,7 @@ class _Drawing:
         if len(self.marks) > 120:
             return Markup()
         parts = []
-        room = Box(self.plot.left + 2, self.plot.top, self.plot.right, self.plot.bottom - 2)
+        room = Box(self.plot.left + 2, self.plot.top, self.plot.right, self.y.start - 2)
         for one in named:
             spots = [self._at(point) for point in one.points]
             ends = [spots[0], spots[-1], *spots[1:-1]] if spots else []
