@@ -19,7 +19,7 @@ test-kernels: TESTS := tests/kernels
 test-soak: TESTS := tests/soak
 
 .PRECIOUS: $(VENV)-%/.installed
-.PHONY: install demo gemma test $(TEST_PARTS) compatibility versions soak lint types bench grid clean
+.PHONY: install demo gemma test $(TEST_PARTS) compatibility versions soak lint types report bench grid clean
 
 install: $(STAMP)
 
@@ -80,6 +80,14 @@ types: install
 grid: gemma
 	$(BIN)/aquakv eval grid benchmarks/grids/competitors.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
 		--out benchmarks/results/competitors.jsonl
+
+# The committed results as one page; what was tried on the way has docs/variants.md of its own.
+REPORTED := quality-demo competitors-demo
+report: install
+	@mkdir -p results
+	$(BIN)/aquakv report $(REPORTED:%=benchmarks/results/%.json) \
+		$(filter-out $(REPORTED:%=benchmarks/results/%.json) %/variants-demo.json,$(sort $(wildcard benchmarks/results/*.json))) \
+		--out results/report.html
 
 # Quality needs WikiText-2: set DATA_DIR to a directory with wikitext2/{validation,test}.txt, or leave it to the Hub.
 bench: install

@@ -373,6 +373,31 @@ def test_eval_of_competitors(place, capsys, name):
     assert f"{result['bits_per_value']:.3f} bits per value" in out
 
 
+def test_report(place, capsys, tmp_path):
+    code, out, err = _run(capsys, *_eval(place, "--json", "one.json"))
+    assert code == 0, err
+    code, out, err = _run(
+        capsys, "report", "one.json", place / "codec", "--out", "page.html", "--title", "Ours & theirs"
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("page.html: ")
+    text = Path("page.html").read_text(encoding="utf-8")
+    assert "<h1>Ours &amp; theirs</h1>" in text
+    assert "Codecs, layer by layer" in text
+    assert "Rate and quality" in text
+
+
+def test_report_of_what_is_no_result(place, capsys, tmp_path):
+    Path("text.json").write_text("no result")
+    Path("old.html").write_text("as it was")
+    _refused(capsys, "report", "text.json", "--out", "old.html", says="text.json")
+    _refused(capsys, "report", "none.json", "--out", "old.html", says=("none.json", "could not be read"))
+    _refused(capsys, "report", place / "codec", "--out", "no/such/page.html", says="does not exist")
+    _refused(capsys, "report", "--out", "page.html", says="INPUT")
+    assert Path("old.html").read_text() == "as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.html", "text.json"]
+
+
 def test_generate(place, capsys, monkeypatch):
     arguments = [
         "generate",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from aquakv._version import __version__
-from aquakv.cli.commands import bench, calibrate, demo, evaluate, generate, inspect
+from aquakv.cli.commands import bench, calibrate, demo, evaluate, generate, inspect, report
 from aquakv.errors import InputError
 
 # Recent typer carries its own copy of click: take the base of its usage errors from what it exports.
@@ -25,6 +25,7 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(evaluate.app, name="eval")
 app.command("generate")(generate.generate)
 app.add_typer(bench.app, name="bench")
+app.command("report")(report.report)
 
 
 def _version(show: bool) -> None:
