@@ -3,7 +3,7 @@ import logging
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from aquakv.data import token_sequences
@@ -47,6 +47,21 @@ def test_documents_are_joined_by_eos_or_a_blank_line(texts, eos, separator):
     stream = token_sequences([str(texts / "d.jsonl")], tokenizer, 1, 17).flatten().tolist()
     words = [tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(15)]
     assert stream == [*words[:5], separator, *words[5:10], separator, *words[10:]]
+
+
+def test_sequences_begin_with_what_the_tokenizer_puts_first(texts):
+    plain, tokenizer = _tokenizer(bos_token="<eos>"), _tokenizer(bos_token="<unk>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", tokenizer.bos_token_id)]
+    )
+    path = str(texts / "w.txt")
+    text = token_sequences([path], plain, 4, 6)
+    found = token_sequences([path], tokenizer, 4, 7)
+    assert (found[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(found[:, 1:], text)
+    assert (text[:, 0] != plain.bos_token_id).all()  # it has one, but does not put it first
+    with pytest.raises(DataError):
+        token_sequences([path], tokenizer, 1, 1)
 
 
 def test_sources_take_turns_and_the_first_gets_the_remainder(texts):

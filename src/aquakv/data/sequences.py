@@ -28,6 +28,8 @@ def token_sequences(
     A source's documents are tokenised without special tokens, joined by the tokenizer's end-of-sequence
     token (by a blank line where it has none), and cut in text order. Sequence ``i`` is the next one of source
     ``i % len(specs)``; no part of a source is used twice. Only as many documents are tokenised as are needed.
+    A tokenizer that puts a token at the beginning of what it encodes has it at the beginning of every
+    sequence, in place of one of the text: some models are lost without.
 
     Parameters
     ----------
@@ -98,9 +100,19 @@ def _distinct_sources(specs: list[str], data_dir: str | Path | None) -> list[Dat
 
 def _cut(source: DataSource, tokenizer: PreTrainedTokenizerBase, count: int, seq_len: int) -> Tensor:
     """Return the source's first sequences, at most `count`: ``[<= count, seq_len]`` int64."""
-    stream = _first(_pieces(source, tokenizer), count * seq_len)
-    found = len(stream) // seq_len
-    return stream[: found * seq_len].reshape(found, seq_len)
+    beginning = _beginning(tokenizer)[:seq_len]
+    length = seq_len - len(beginning)
+    stream = _first(_pieces(source, tokenizer), count * length)
+    found = len(stream) // length if length else 0
+    text = stream[: found * length].reshape(found, length)
+    return torch.cat([beginning.expand(found, -1), text], 1)
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the token that the tokenizer puts first, ``[1]`` int64, or ``[0]`` if it puts none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    begins = isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos]
+    return torch.tensor([bos] if begins else [], dtype=torch.int64)
 
 
 def _first(found: Iterator[Tensor], tokens: int) -> Tensor:

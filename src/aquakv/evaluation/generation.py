@@ -221,13 +221,23 @@ def _reply(
         held.count(footprint)
     answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
     losses = (
-        _answer_nll(model, copy.deepcopy(cache), questions, torch.stack(answers).to(device))
+        _answer_nll(model, _like(model, method, cache, contexts), questions, torch.stack(answers).to(device))
         if answers
         else [None] * len(prompts)
     )
     ends = ends_of(loaded)
     rows = generate(model, cache, torch.cat([contexts, questions], 1), ends, max_new_tokens).tolist()
     return [Reply(_text(loaded, row, ends), loss) for row, loss in zip(rows, losses, strict=True)]
+
+
+def _like(model: PreTrainedModel, method: Method, cache: Cache, contexts: Tensor) -> Cache:
+    """Return another cache of the same contexts."""
+    try:
+        return copy.deepcopy(cache)
+    except RuntimeError:  # quanto's tensors cannot be copied
+        other = fresh_cache(model, method)
+        feed(model, other, contexts)
+        return other
 
 
 def _answer_nll(model: PreTrainedModel, cache: Cache, questions: Tensor, answers: Tensor) -> list[float]:
