@@ -19,6 +19,9 @@ Moved = TypeVar("Moved")
 #: What a row of `CodeColumns.table` holds of 16 coefficients each.
 TABLE_ROWS = ("half", "rise", "cubic", "bend", "top", "slope", "gain", "weight")
 
+#: Fields that the kernel works on at a time.
+FIELDS_AT_ONCE = 4
+
 #: Furthest that a codec's float32 matrices are from what they should be, relative to 1.
 _ORTHONORMAL = 1e-2
 
@@ -36,7 +39,8 @@ class CodeColumns:
     layout
         The page layout.
     fields
-        ``[fields, 2]`` int32, in the order of planes and shifts. First ``plane | width << 16 | shift << 20 |
+        ``[fields, 2]`` int32, in the order of planes and shifts; fields without bits and coefficients make
+        them a multiple of `FIELDS_AT_ONCE`. First ``plane | width << 16 | shift << 20 |
         first of its plane << 24 | last << 25 | some levels are cubic << 26``; then the field's first column.
     table
         ``[fields, 8, 16]`` float32 by `TABLE_ROWS`: of width w, half its levels (0 without a coefficient,
@@ -181,7 +185,9 @@ def _tables(
     """Return the words of the fields, the table in float64 and the slots; see `CodeColumns`."""
     by_plane = sorted(layout.fields, key=lambda f: (f.plane, f.shift))
     words, slots = [], []
-    table = torch.zeros(len(by_plane), len(TABLE_ROWS), FIELD_COLUMNS, dtype=torch.float64, device="cpu")
+    padding = -len(by_plane) % FIELDS_AT_ONCE
+    shape = len(by_plane) + padding, len(TABLE_ROWS), FIELD_COLUMNS
+    table = torch.zeros(shape, dtype=torch.float64, device="cpu")
     table[:, TABLE_ROWS.index("rise")] = 1.0  # what is divided by
     for index, f in enumerate(by_plane):
         before = by_plane[index - 1].plane if index else -1
@@ -193,7 +199,7 @@ def _tables(
             row = (*_level_row(layout.widths[i]), order.weights[i] / root_limit)
             table[index, :, column] = _on_cpu(row, torch.float64)
         slots += [*f.coefficients, *[-1] * (FIELD_COLUMNS - len(f.coefficients))]
-    return words, table, slots
+    return words + [[0, 0]] * padding, table, slots + [-1] * (padding * FIELD_COLUMNS)
 
 
 def _on_cpu(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:

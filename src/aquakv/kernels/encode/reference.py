@@ -93,7 +93,7 @@ def quantise(columns: Tensor, described: CodeColumns) -> Quantised:
     """Quantise columns ``[tokens, columns]`` in the operands' dtype."""
     tokens, dtype = len(columns), columns.dtype
     by_coefficient = columns.new_zeros(tokens, described.layout.coefficients, dtype=torch.float32)
-    for f, (_, start) in zip(_by_plane(described), described.fields.tolist(), strict=True):
+    for f, (_, start) in zip(_by_plane(described), described.fields.tolist(), strict=False):
         chosen = torch.tensor(f.coefficients, device=columns.device)
         by_coefficient[:, chosen] = columns[:, start : start + len(f.coefficients)].float()
     coded = by_coefficient[:, [w > 0 for w in described.layout.widths]]

@@ -31,8 +31,8 @@ _TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
 @triton.jit
 def _narrow(numbers, TYPE: tl.constexpr, LIMIT: tl.constexpr):
     """Round to TYPE; what exceeds LIMIT to it, infinity to not-a-number."""
-    clamped = tl.minimum(tl.maximum(numbers, -LIMIT), LIMIT)
-    return tl.where(tl.abs(numbers) < float("inf"), clamped, float("nan")).to(TYPE)
+    # Nothing times what is not finite is not a number.
+    return (tl.clamp(numbers, -LIMIT, LIMIT) + 0.0 * numbers).to(TYPE)
 
 
 @triton.jit(do_not_specialize=["key_unit", "value_unit"])
@@ -61,33 +61,55 @@ def coefficients_kernel(
 ):
     """Compute one head's columns of one page's keys, and lay values and latents beside the levels to come."""
     TYPE: tl.constexpr = analysis.dtype.element_ty
+    WIDTH: tl.constexpr = HEADS * DIM
     head = tl.program_id(0) % HEADS
-    token = ((tl.program_id(0) // HEADS).to(tl.int64) * 64 + tl.arange(0, 64))[:, None]
+    # 64-bit numbers only for where the page's rows begin.
+    first = (tl.program_id(0) // HEADS).to(tl.int64) * 64
+    token = tl.arange(0, 64)[:, None]
     coordinates = tl.arange(0, DIM)
     feature = head * DIM + coordinates
-    place = token * (HEADS * DIM) + feature[None, :]
-    residual = tl.load(keys + place).to(tl.float32) - tl.load(key_offset + feature)[None, :]
+    place = token * WIDTH + feature[None, :]
+    inputs += first * row_inputs
+    residual = tl.load(keys + first * WIDTH + place).to(tl.float32) - tl.load(key_offset + feature)[None, :]
     if RANK:
         ranks = tl.arange(0, RANK)
-        latent = tl.load(latents + token * RANK + ranks[None, :]).to(TYPE)
-        own = tl.load(latent_map + ranks[:, None] * (HEADS * DIM) + feature[None, :])
+        latent = tl.load(latents + first * RANK + token * RANK + ranks[None, :]).to(TYPE)
+        own = tl.load(latent_map + ranks[:, None] * WIDTH + feature[None, :])
         residual -= tl.dot(latent, own, input_precision="ieee")
         if PREDICTS and head == 0:
             tl.store(inputs + token * row_inputs + levels + ranks[None, :], latent)
-    centred = (tl.load(values + place).to(tl.float32) - tl.load(value_offset + feature)[None, :]) * value_unit
-    last = inputs + token * row_inputs + (row_inputs - HEADS * DIM)
-    tl.store(last + feature[None, :], _narrow(centred, TYPE, LIMIT))
     residual = _narrow(residual * key_unit, TYPE, LIMIT)
     start = tl.load(first_columns + head)
     count = tl.load(first_columns + head + 1) - start
     # Groups begin at multiples of 16 columns.
-    out = columns + token * row_columns + start // 16 * 16
+    out = columns + first * row_columns + start // 16 * 16
     analysis += head * (DIM * BLOCKS * 64)
     for block in tl.static_range(BLOCKS):
         column = block * 64 + tl.arange(0, 64)
         matrix = tl.load(analysis + coordinates[:, None] * (BLOCKS * 64) + column[None, :])
         found = tl.dot(residual, matrix, input_precision="ieee")
-        tl.store(out + column[None, :], _narrow(found, TYPE, LIMIT), mask=(column < count)[None, :])
+        tl.store(
+            out + token * row_columns + column[None, :],
+            _narrow(found, TYPE, LIMIT),
+            mask=(column < count)[None, :],
+        )
+    centred = tl.load(values + first * WIDTH + place).to(tl.float32) - tl.load(value_offset + feature)[None, :]
+    last = inputs + (row_inputs - WIDTH)
+    tl.store(last + token * row_inputs + feature[None, :], _narrow(centred * value_unit, TYPE, LIMIT))
+
+
+@triton.jit
+def _bounds_passed(magnitude, numbers, half, rise):
+    """Count the bounds between levels that a magnitude has passed, for any widths."""
+    cubic = tl.load(numbers + 32)[None, :]
+    magnitude = tl.minimum(magnitude, tl.load(numbers + 64)[None, :])
+    # About where among the bounds; half a bound's distance is near enough, the comparison decides.
+    bound = magnitude / (rise + tl.load(numbers + 48)[None, :] * magnitude)
+    square = bound * bound
+    bound = (magnitude + 2.0 * cubic * square * bound) / (rise + 3.0 * cubic * square)
+    bound = tl.floor(bound + 0.5)
+    outward = bound - (magnitude < bound * (rise + cubic * bound * bound)).to(tl.float32)
+    return tl.minimum(tl.maximum(outward, 0.0), half - 1.0)
 
 
 @triton.jit(do_not_specialize=["coefficients", "num_fields"])
@@ -123,30 +145,33 @@ def quantise_kernel(
 ):
     """Scale, quantise and pack TOKENS tokens; also their levels, the next latents and the errors.
 
-    TYPE is that of the operands, which the columns have too.
+    TYPE is that of the operands, which the columns have too. Four fields are worked on at a time, so that
+    their instructions and loads overlap and products are of 64 levels.
     """
     first = tl.program_id(0) * TOKENS
     own = tl.arange(0, TOKENS)
     token = (first + own).to(tl.int64)[:, None]
     row = columns + token * row_columns
     # First all columns: the mean square of the coded, the errors of the others.
-    squares = tl.zeros((TOKENS, 64), tl.float32)
-    beside = tl.zeros((TOKENS, 64), tl.float32)
-    missing = tl.zeros((TOKENS, 64), tl.int32)
-    for start in range(0, row_columns, 64):
-        column = start + tl.arange(0, 64)
-        inside = column < row_columns
-        number = tl.load(row + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        weight = tl.load(coded + column, mask=inside, other=0.0)[None, :]
-        missing |= ((number != number) & (weight != 0)).to(tl.int32)
+    squares = tl.zeros((TOKENS, 128), tl.float32)
+    beside = tl.zeros((TOKENS, 128), tl.float32)
+    column = tl.arange(0, 128)
+    coming = tl.load(row + column[None, :], mask=(column < row_columns)[None, :], other=0.0)
+    for start in range(0, row_columns, 128):
+        number = coming.to(tl.float32)
+        after = start + 128 + column
+        coming = tl.load(row + after[None, :], mask=(after < row_columns)[None, :], other=0.0)
+        inside = start + column < row_columns
+        weight = tl.load(coded + start + column, mask=inside, other=0.0)[None, :]
         # Neither products of float16 that leave its range nor their squares here become infinite.
-        clamped = tl.minimum(tl.maximum(number, -1e16), 1e16)
+        clamped = tl.clamp(number, -1e16, 1e16, propagate_nan=tl.PropagateNan.ALL)
         squares += tl.where(weight != 0, clamped * clamped, 0.0)
         if GUARDED:
-            distance = number * tl.load(rest + column, mask=inside, other=0.0)[None, :]
+            distance = number * tl.load(rest + start + column, mask=inside, other=0.0)[None, :]
             beside += distance * distance
-    lost = tl.max(missing, axis=1) != 0
-    octaves = 8.0 * tl.log2(tl.where(lost, 1.0, tl.sum(squares, axis=1)) / coefficients)
+    total_square = tl.sum(squares, axis=1)
+    lost = total_square != total_square
+    octaves = 8.0 * tl.log2(tl.where(lost, 1.0, total_square) / coefficients)
     code = tl.minimum(tl.maximum(tl.floor(octaves + 128.5), 0.0), 254.0).to(tl.int32)
     code = tl.where(lost, 255, tl.where(num_fields > 0, code, 128))
     scale = tl.load(scales + code)
@@ -168,64 +193,79 @@ def quantise_kernel(
     if WIDTH:
         widths = tl.arange(0, WIDTH)
         total = tl.zeros((TOKENS, WIDTH), tl.float32)
+        # Levels come side by side: all four fields' of a column, then those of the next.
+        level_row = tl.arange(0, 64) % 4 * 16 + tl.arange(0, 64) // 4
     lost = lost[:, None]
-    # The next field's columns are loaded while one is worked on.
-    some = num_fields > 0
-    ahead = tl.load(fields + 1, mask=some, other=0)
-    number = tl.load(row + ahead // 16 * 16 + lane[None, :], mask=own[:, None] < TOKENS * some, other=0.0)
-    for index in range(num_fields):
-        word = tl.load(fields + 2 * index)
-        actual = number.to(tl.float32)
-        more = index + 1 < num_fields
-        ahead = tl.load(fields + 2 * index + 3, mask=more, other=0)
-        number = tl.load(row + ahead // 16 * 16 + lane[None, :], mask=own[:, None] < TOKENS * more, other=0.0)
-        numbers = table + index * 128 + lane
-        half = tl.load(numbers)[None, :]
-        rise = tl.load(numbers + 16)[None, :]
-        top = tl.load(numbers + 64)[None, :]
-        held = tl.minimum(tl.maximum(actual, -1e30), 1e30)
-        relative = tl.where(lost, 0.0, held * reciprocal)
-        magnitude = tl.minimum(tl.abs(relative), top)
-        cubic_field = (word >> 26) & 1
-        cubic = tl.load(numbers + 32)[None, :]
-        # About where among the bounds; half a bound's distance is near enough, the comparison decides.
-        bound = magnitude / (rise + tl.load(numbers + 48)[None, :] * magnitude)
-        if cubic_field:
-            square = bound * bound
-            bound = (magnitude + 2.0 * cubic * square * bound) / (rise + 3.0 * cubic * square)
-        bound = tl.floor(bound + 0.5)
-        outward = bound - (tl.abs(relative) < bound * (rise + cubic * bound * bound)).to(tl.float32)
-        outward = tl.minimum(tl.maximum(outward, 0.0), half - 1.0)
-        x = tl.where(relative < 0, -0.5 - outward, 0.5 + outward)
-        here = half > 0
-        x = tl.where(here, x, 0.0)
-        # A field is as wide as its widest coefficient; the levels of the others lie in the middle.
-        centre = ((1 << ((word >> 16) & 15)) - 1) * 0.5
-        stored = tl.where(here, x + centre, 0.0).to(tl.int32) << ((word >> 20) & 15)
-        packed = tl.where(((word >> 24) & 1) != 0, stored, packed | stored)
-        plane = record + (word & 0xFFFF) * 1024
-        finished = ((word >> 25) & 1) != 0
-        tl.store(
-            plane + within[:, None] * 16 + lane[None, :],
-            packed.to(tl.uint8),
-            mask=own[:, None] < TOKENS * finished,
-        )
-        level = x.to(TYPE)
-        if cubic_field:
+    scale_column = scale[:, None]
+    # The next four fields' columns are loaded while four are worked on.
+    some = own[:, None] < TOKENS * (num_fields > 0)
+    loaded = ()
+    for f in tl.static_range(4):
+        place = tl.load(fields + 2 * f + 1, mask=num_fields > 0, other=0)
+        loaded += (tl.load(row + place // 16 * 16 + lane[None, :], mask=some, other=0.0),)
+    for start in range(0, num_fields, 4):
+        here = fields + 2 * start
+        more = start + 4 < num_fields
+        some = own[:, None] < TOKENS * more
+        words, actual, relative, ahead = (), (), (), ()
+        for f in tl.static_range(4):
+            words += (tl.load(here + 2 * f),)
+            actual += (loaded[f].to(tl.float32),)
+            held = tl.clamp(actual[f], -1e30, 1e30)
+            relative += (tl.where(lost, 0.0, held * reciprocal),)
+            place = tl.load(here + 2 * f + 9, mask=more, other=0)
+            ahead += (tl.load(row + place // 16 * 16 + lane[None, :], mask=some, other=0.0),)
+        loaded = ahead
+        halves, rises, magnitudes, passed = (), (), (), ()
+        for f in tl.static_range(4):
+            numbers = table + (start + f) * 128 + lane
+            halves += (tl.load(numbers)[None, :],)
+            rises += (tl.load(numbers + 16)[None, :],)
+            magnitudes += (tl.abs(relative[f]),)
+            # At two bits there is one bound, at one none.
+            passed += (tl.where((magnitudes[f] >= rises[f]) & (halves[f] > 1.0), 1.0, 0.0),)
+        if (((words[0] | words[1] | words[2] | words[3]) >> 26) & 1) != 0:
+            found = ()
+            for f in tl.static_range(4):
+                numbers = table + (start + f) * 128 + lane
+                found += (_bounds_passed(magnitudes[f], numbers, halves[f], rises[f]),)
+            passed = found
+        levels = ()
+        for f in tl.static_range(4):
+            word = words[f]
+            numbers = table + (start + f) * 128 + lane
+            x = tl.where(relative[f] < 0, -0.5 - passed[f], 0.5 + passed[f])
+            used = halves[f] > 0
+            x = tl.where(used, x, 0.0)
+            # A field is as wide as its widest coefficient; the levels of the others lie in the middle.
+            centre = ((1 << ((word >> 16) & 15)) - 1) * 0.5
+            stored = tl.where(used, x + centre, 0.0).to(tl.int32) << ((word >> 20) & 15)
+            packed = tl.where(((word >> 24) & 1) != 0, stored, packed | stored)
+            plane = record + (word & 0xFFFF) * 1024
+            finished = ((word >> 25) & 1) != 0
+            tl.store(
+                plane + within[:, None] * 16 + lane[None, :],
+                packed.to(tl.uint8),
+                mask=own[:, None] < TOKENS * finished,
+            )
+            level = x.to(TYPE)
             gain = tl.load(numbers + 96)[None, :].to(TYPE)
             level = level * (level * level * gain + 1.0).to(TYPE)
-        if STORE_LEVELS:
-            tl.store(inputs + token * row_inputs + index * 16 + lane[None, :], level * narrow_scale)
+            levels += (level,)
+            if STORE_LEVELS:
+                beside_values = inputs + token * row_inputs + (start + f) * 16
+                tl.store(beside_values + lane[None, :], level * narrow_scale)
+            if GUARDED:
+                slope = tl.load(numbers + 80)[None, :]
+                error = actual[f] - level.to(tl.float32) * (slope * scale_column)
+                error *= tl.load(numbers + 112)[None, :]
+                errors += error * error
         if WIDTH:
-            matrix = tl.load(innovation + (index * 16 + lane[:, None]) * WIDTH + widths[None, :])
-            total = tl.dot(level, matrix, total, input_precision="ieee")
-        if GUARDED:
-            slope = tl.load(numbers + 80)[None, :]
-            error = actual - level.to(tl.float32) * (slope * scale[:, None])
-            error *= tl.load(numbers + 112)[None, :]
-            errors += error * error
+            matrix = tl.load(innovation + (start * 16 + level_row[:, None]) * WIDTH + widths[None, :])
+            beside_each_other = tl.join(tl.join(levels[0], levels[2]), tl.join(levels[1], levels[3]))
+            total = tl.dot(beside_each_other.reshape(TOKENS, 64), matrix, total, input_precision="ieee")
     if WIDTH:
-        total = total * scale[:, None] + tl.load(next_offset + widths)[None, :]
+        total = total * scale_column + tl.load(next_offset + widths)[None, :]
         if RANK:
             ranks = tl.arange(0, RANK)
             latent = tl.load(latents + token * RANK + ranks[None, :]).to(TYPE)
@@ -296,8 +336,9 @@ def coefficients(
         BLOCKS=operands.key_analysis.shape[2] // BLOCK_COLUMNS,
         PREDICTS=operands.predicts_values,
         LIMIT=torch.finfo(dtype).max,
-        num_warps=4 if operands.head_dim < 128 else 8,
+        num_warps=4 if operands.head_dim <= 128 else 8,
         num_stages=1,
+        maxnreg=160,  # so that a multiprocessor has three programs; the compiler needs no more
     )
     return Coefficients(columns, inputs)
 
