@@ -75,7 +75,7 @@ def coefficients_kernel(
         ranks = tl.arange(0, RANK)
         latent = tl.load(latents + first * RANK + token * RANK + ranks[None, :]).to(TYPE)
         own = tl.load(latent_map + ranks[:, None] * WIDTH + feature[None, :])
-        residual -= tl.dot(latent, own, input_precision="ieee")
+        residual = tl.dot(-latent, own, residual, input_precision="ieee")
         if PREDICTS and head == 0:
             tl.store(inputs + token * row_inputs + levels + ranks[None, :], latent)
     residual = _narrow(residual * key_unit, TYPE, LIMIT)
@@ -93,23 +93,25 @@ def coefficients_kernel(
             _narrow(found, TYPE, LIMIT),
             mask=(column < count)[None, :],
         )
-    centred = tl.load(values + first * WIDTH + place).to(tl.float32) - tl.load(value_offset + feature)[None, :]
+    centred = (
+        tl.load(values + first * WIDTH + place).to(tl.float32) - tl.load(value_offset + feature)[None, :]
+    )
     last = inputs + (row_inputs - WIDTH)
     tl.store(last + token * row_inputs + feature[None, :], _narrow(centred * value_unit, TYPE, LIMIT))
 
 
 @triton.jit
-def _bounds_passed(magnitude, numbers, half, rise):
-    """Count the bounds between levels that a magnitude has passed, for any widths."""
+def _bounds_passed(magnitude, numbers, rise):
+    """Count the bounds between levels that a magnitude has passed, for any widths; none if not a number."""
     cubic = tl.load(numbers + 32)[None, :]
-    magnitude = tl.minimum(magnitude, tl.load(numbers + 64)[None, :])
+    magnitude = tl.minimum(magnitude, tl.load(numbers + 64)[None, :], propagate_nan=tl.PropagateNan.ALL)
     # About where among the bounds; half a bound's distance is near enough, the comparison decides.
     bound = magnitude / (rise + tl.load(numbers + 48)[None, :] * magnitude)
     square = bound * bound
     bound = (magnitude + 2.0 * cubic * square * bound) / (rise + 3.0 * cubic * square)
     bound = tl.floor(bound + 0.5)
     outward = bound - (magnitude < bound * (rise + cubic * bound * bound)).to(tl.float32)
-    return tl.minimum(tl.maximum(outward, 0.0), half - 1.0)
+    return tl.where(outward > 0, outward, 0.0)
 
 
 @triton.jit(do_not_specialize=["coefficients", "num_fields"])
@@ -164,8 +166,9 @@ def quantise_kernel(
         inside = start + column < row_columns
         weight = tl.load(coded + start + column, mask=inside, other=0.0)[None, :]
         # Neither products of float16 that leave its range nor their squares here become infinite.
-        clamped = tl.clamp(number, -1e16, 1e16, propagate_nan=tl.PropagateNan.ALL)
-        squares += tl.where(weight != 0, clamped * clamped, 0.0)
+        clamped = tl.where(weight != 0, number, 0.0)
+        clamped = tl.clamp(clamped, -1e16, 1e16, propagate_nan=tl.PropagateNan.ALL)
+        squares += clamped * clamped
         if GUARDED:
             distance = number * tl.load(rest + start + column, mask=inside, other=0.0)[None, :]
             beside += distance * distance
@@ -175,7 +178,8 @@ def quantise_kernel(
     code = tl.minimum(tl.maximum(tl.floor(octaves + 128.5), 0.0), 254.0).to(tl.int32)
     code = tl.where(lost, 255, tl.where(num_fields > 0, code, 128))
     scale = tl.load(scales + code)
-    reciprocal = (1.0 / scale)[:, None]
+    # What is lost becomes 0 or not a number, and both the level next to 0 from above.
+    reciprocal = tl.where(lost, 0.0, 1.0 / scale)[:, None]
     narrow_scale = scale.to(TYPE)[:, None]
     page = first // 64
     within = first % 64 + own
@@ -195,7 +199,6 @@ def quantise_kernel(
         total = tl.zeros((TOKENS, WIDTH), tl.float32)
         # Levels come side by side: all four fields' of a column, then those of the next.
         level_row = tl.arange(0, 64) % 4 * 16 + tl.arange(0, 64) // 4
-    lost = lost[:, None]
     scale_column = scale[:, None]
     # The next four fields' columns are loaded while four are worked on.
     some = own[:, None] < TOKENS * (num_fields > 0)
@@ -211,47 +214,48 @@ def quantise_kernel(
         for f in tl.static_range(4):
             words += (tl.load(here + 2 * f),)
             actual += (loaded[f].to(tl.float32),)
-            held = tl.clamp(actual[f], -1e30, 1e30)
-            relative += (tl.where(lost, 0.0, held * reciprocal),)
+            relative += (actual[f] * reciprocal,)
             place = tl.load(here + 2 * f + 9, mask=more, other=0)
             ahead += (tl.load(row + place // 16 * 16 + lane[None, :], mask=some, other=0.0),)
         loaded = ahead
-        halves, rises, magnitudes, passed = (), (), (), ()
+        most, rises, xs, levels = (), (), (), ()
         for f in tl.static_range(4):
-            numbers = table + (start + f) * 128 + lane
-            halves += (tl.load(numbers)[None, :],)
+            numbers = table + (start + f) * 144 + lane
+            most += (tl.load(numbers)[None, :],)
             rises += (tl.load(numbers + 16)[None, :],)
-            magnitudes += (tl.abs(relative[f]),)
             # At two bits there is one bound, at one none.
-            passed += (tl.where((magnitudes[f] >= rises[f]) & (halves[f] > 1.0), 1.0, 0.0),)
+            size = tl.minimum(tl.where(tl.abs(relative[f]) >= rises[f], 1.5, 0.5), most[f])
+            xs += (tl.where(relative[f] < 0, -size, size),)
+            levels += (xs[f].to(TYPE),)
         if (((words[0] | words[1] | words[2] | words[3]) >> 26) & 1) != 0:
-            found = ()
+            cubic_xs, cubic_levels = (), ()
             for f in tl.static_range(4):
-                numbers = table + (start + f) * 128 + lane
-                found += (_bounds_passed(magnitudes[f], numbers, halves[f], rises[f]),)
-            passed = found
-        levels = ()
+                numbers = table + (start + f) * 144 + lane
+                passed = _bounds_passed(tl.abs(relative[f]), numbers, rises[f])
+                size = tl.minimum(0.5 + passed, most[f])
+                x = tl.where(relative[f] < 0, -size, size)
+                cubic_xs += (x,)
+                level = x.to(TYPE)
+                gain = tl.load(numbers + 96)[None, :].to(TYPE)
+                cubic_levels += (level * (level * level * gain + 1.0).to(TYPE),)
+            xs, levels = cubic_xs, cubic_levels
+        if WIDTH:
+            matrix = tl.load(innovation + (start * 16 + level_row[:, None]) * WIDTH + widths[None, :])
         for f in tl.static_range(4):
             word = words[f]
-            numbers = table + (start + f) * 128 + lane
-            x = tl.where(relative[f] < 0, -0.5 - passed[f], 0.5 + passed[f])
-            used = halves[f] > 0
-            x = tl.where(used, x, 0.0)
-            # A field is as wide as its widest coefficient; the levels of the others lie in the middle.
-            centre = ((1 << ((word >> 16) & 15)) - 1) * 0.5
-            stored = tl.where(used, x + centre, 0.0).to(tl.int32) << ((word >> 20) & 15)
-            packed = tl.where(((word >> 24) & 1) != 0, stored, packed | stored)
+            numbers = table + (start + f) * 144 + lane
+            # The lowest bits of a float32 between 2^22 and 2^23 are twice the code.
+            stored = xs[f] + tl.load(numbers + 128)[None, :]
+            stored = stored.to(tl.int32, bitcast=True) << ((word >> 20) & 15)
+            packed = packed & (((word >> 24) & 1) - 1) | stored
             plane = record + (word & 0xFFFF) * 1024
             finished = ((word >> 25) & 1) != 0
             tl.store(
                 plane + within[:, None] * 16 + lane[None, :],
-                packed.to(tl.uint8),
+                (packed >> 1).to(tl.uint8),
                 mask=own[:, None] < TOKENS * finished,
             )
-            level = x.to(TYPE)
-            gain = tl.load(numbers + 96)[None, :].to(TYPE)
-            level = level * (level * level * gain + 1.0).to(TYPE)
-            levels += (level,)
+            level = levels[f]
             if STORE_LEVELS:
                 beside_values = inputs + token * row_inputs + (start + f) * 16
                 tl.store(beside_values + lane[None, :], level * narrow_scale)
@@ -261,7 +265,6 @@ def quantise_kernel(
                 error *= tl.load(numbers + 112)[None, :]
                 errors += error * error
         if WIDTH:
-            matrix = tl.load(innovation + (start * 16 + level_row[:, None]) * WIDTH + widths[None, :])
             beside_each_other = tl.join(tl.join(levels[0], levels[2]), tl.join(levels[1], levels[3]))
             total = tl.dot(beside_each_other.reshape(TOKENS, 64), matrix, total, input_precision="ieee")
     if WIDTH:
