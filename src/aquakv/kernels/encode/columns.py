@@ -43,13 +43,13 @@ class CodeColumns:
         The page layout.
     fields
         ``[fields, 2]`` int32, in the order of planes and shifts; fields without bits and coefficients make
-        them a multiple of `FIELDS_AT_ONCE`. First ``plane | width << 16 | shift << 20 |
-        first of its plane << 24 | last << 25 | some levels are cubic << 26``; then the field's first column.
+        them a multiple of `FIELDS_AT_ONCE`. First ``plane | width << 16 | shift << 20 | first of its plane <<
+        24 | last << 25 | some levels are cubic << 26``; then the field's first column.
     table
-        ``[fields, 9, 16]`` float32 by `TABLE_ROWS`: of width w, the largest x, 0 without a coefficient; bounds
-        between levels are ``m * (rise + cubic * m**2)``, rise infinite where there are none (one bit, no
-        coefficient), whose inverse is near ``u / (rise + bend * u)`` up to ``top``; levels are ``slope * x *
-        (1 + gain * x**2)``, gain rounded to the operands' dtype; weight of the error in the guard, over the
+        ``[fields, 9, 16]`` float32 by `TABLE_ROWS`: of width w, the largest x, 0 without a coefficient;
+        bounds between levels are ``m * (rise + cubic * m**2)``, rise infinite where there are none (one bit,
+        no coefficient), whose inverse is near ``u / (rise + bend * u)`` up to ``top``; levels are ``slope * x
+        * (1 + gain * x**2)``, gain rounded to the operands' dtype; weight of the error in the guard, over the
         root of its limit; middle is `MAGIC` and the stored code that would be x = 0, or `MAGIC` alone
         without a coefficient.
     slots

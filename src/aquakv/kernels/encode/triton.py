@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from aquakv.codec.scalar import SCALES
-from aquakv.kernels.encode.columns import TABLE_ROWS, CodeColumns
+from aquakv.kernels.encode.columns import FIELDS_AT_ONCE, TABLE_ROWS, CodeColumns
 from aquakv.kernels.encode.operands import BLOCK_COLUMNS, EncodeOperands
 from aquakv.kernels.pages import PAGE_TOKENS, TAIL_BYTES
 
-#: Tokens of a program that quantises: a part of a page, so that there are programs enough.
-_TOKENS = 32
+#: Tokens and warps of a program that quantises: a part of a page, so that there are programs enough, and four
+#: coefficients of a token to a thread.
+_TOKENS, _WARPS = 32, 4
 
 _TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -101,8 +102,9 @@ def coefficients_kernel(
 
 
 @triton.jit
-def _bounds_passed(magnitude, numbers, rise):
+def _bounds_passed(magnitude, numbers):
     """Count the bounds between levels that a magnitude has passed, for any widths; none if not a number."""
+    rise = tl.load(numbers + 16)[None, :]
     cubic = tl.load(numbers + 32)[None, :]
     magnitude = tl.minimum(magnitude, tl.load(numbers + 64)[None, :], propagate_nan=tl.PropagateNan.ALL)
     # About where among the bounds; half a bound's distance is near enough, the comparison decides.
@@ -198,7 +200,10 @@ def quantise_kernel(
         widths = tl.arange(0, WIDTH)
         total = tl.zeros((TOKENS, WIDTH), tl.float32)
         # Levels come side by side: all four fields' of a column, then those of the next.
-        level_row = tl.arange(0, 64) % 4 * 16 + tl.arange(0, 64) // 4
+        level_row = (tl.arange(0, 64) % 4 * 16 + tl.arange(0, 64) // 4)[:, None] * WIDTH + widths[None, :]
+        # They are multiplied while the next four fields are worked on.
+        side_by_side = tl.zeros((TOKENS, 64), TYPE)
+        matrix = tl.zeros((64, WIDTH), TYPE)
     scale_column = scale[:, None]
     # The next four fields' columns are loaded while four are worked on.
     some = own[:, None] < TOKENS * (num_fields > 0)
@@ -207,6 +212,8 @@ def quantise_kernel(
         place = tl.load(fields + 2 * f + 1, mask=num_fields > 0, other=0)
         loaded += (tl.load(row + place // 16 * 16 + lane[None, :], mask=some, other=0.0),)
     for start in range(0, num_fields, 4):
+        if WIDTH:
+            total = tl.dot(side_by_side, matrix, total, input_precision="ieee")
         here = fields + 2 * start
         more = start + 4 < num_fields
         some = own[:, None] < TOKENS * more
@@ -218,21 +225,20 @@ def quantise_kernel(
             place = tl.load(here + 2 * f + 9, mask=more, other=0)
             ahead += (tl.load(row + place // 16 * 16 + lane[None, :], mask=some, other=0.0),)
         loaded = ahead
-        most, rises, xs, levels = (), (), (), ()
+        xs, levels = (), ()
         for f in tl.static_range(4):
             numbers = table + (start + f) * 144 + lane
-            most += (tl.load(numbers)[None, :],)
-            rises += (tl.load(numbers + 16)[None, :],)
             # At two bits there is one bound, at one none.
-            size = tl.minimum(tl.where(tl.abs(relative[f]) >= rises[f], 1.5, 0.5), most[f])
+            size = tl.where(tl.abs(relative[f]) >= tl.load(numbers + 16)[None, :], 1.5, 0.5)
+            size = tl.minimum(size, tl.load(numbers)[None, :])
             xs += (tl.where(relative[f] < 0, -size, size),)
             levels += (xs[f].to(TYPE),)
         if (((words[0] | words[1] | words[2] | words[3]) >> 26) & 1) != 0:
             cubic_xs, cubic_levels = (), ()
             for f in tl.static_range(4):
                 numbers = table + (start + f) * 144 + lane
-                passed = _bounds_passed(tl.abs(relative[f]), numbers, rises[f])
-                size = tl.minimum(0.5 + passed, most[f])
+                passed = _bounds_passed(tl.abs(relative[f]), numbers)
+                size = tl.minimum(0.5 + passed, tl.load(numbers)[None, :])
                 x = tl.where(relative[f] < 0, -size, size)
                 cubic_xs += (x,)
                 level = x.to(TYPE)
@@ -240,7 +246,7 @@ def quantise_kernel(
                 cubic_levels += (level * (level * level * gain + 1.0).to(TYPE),)
             xs, levels = cubic_xs, cubic_levels
         if WIDTH:
-            matrix = tl.load(innovation + (start * 16 + level_row[:, None]) * WIDTH + widths[None, :])
+            matrix = tl.load(innovation + (start * (16 * WIDTH) + level_row))
         for f in tl.static_range(4):
             word = words[f]
             numbers = table + (start + f) * 144 + lane
@@ -265,9 +271,10 @@ def quantise_kernel(
                 error *= tl.load(numbers + 112)[None, :]
                 errors += error * error
         if WIDTH:
-            beside_each_other = tl.join(tl.join(levels[0], levels[2]), tl.join(levels[1], levels[3]))
-            total = tl.dot(beside_each_other.reshape(TOKENS, 64), matrix, total, input_precision="ieee")
+            side_by_side = tl.join(tl.join(levels[0], levels[2]), tl.join(levels[1], levels[3]))
+            side_by_side = side_by_side.reshape(TOKENS, 64)
     if WIDTH:
+        total = tl.dot(side_by_side, matrix, total, input_precision="ieee")
         total = total * scale_column + tl.load(next_offset + widths)[None, :]
         if RANK:
             ranks = tl.arange(0, RANK)
@@ -339,11 +346,20 @@ def coefficients(
         BLOCKS=operands.key_analysis.shape[2] // BLOCK_COLUMNS,
         PREDICTS=operands.predicts_values,
         LIMIT=torch.finfo(dtype).max,
-        num_warps=4 if operands.head_dim <= 128 else 8,
-        num_stages=1,
-        maxnreg=160,  # so that a multiprocessor has three programs; the compiler needs no more
+        **_coefficient_options(operands.head_dim, dtype),
     )
     return Coefficients(columns, inputs)
+
+
+def _coefficient_options(head_dim: int, dtype: torch.dtype) -> dict[str, int | None]:
+    """Return how `coefficients_kernel` is compiled.
+
+    With 160 registers, which are enough for heads of 128 and four warps, a multiprocessor of a Hopper GPU has
+    three programs at a time, and each waits for memory while the others compute.
+    """
+    if head_dim <= 128 and dtype == torch.float16:
+        return {"num_warps": 4, "num_stages": 1, "maxnreg": 160}
+    return {"num_warps": 4 if head_dim < 128 else 8, "num_stages": 1, "maxnreg": None}
 
 
 def quantise_keys(
@@ -379,7 +395,8 @@ def _quantise(
     key_excess: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch `quantise_kernel` for keys (which have inputs of the values to fill) or for values."""
-    assert described.table.shape[1:] == (len(TABLE_ROWS), 16)
+    assert described.table.shape[1:] == (len(TABLE_ROWS), 16) == (9, 16)
+    assert len(described.fields) % FIELDS_AT_ONCE == 0
     tokens = len(columns)
     records = columns.new_empty(tokens // PAGE_TOKENS, described.layout.record_bytes, dtype=torch.uint8)
     excess = columns.new_empty(tokens, dtype=torch.float32) if operands.guarded else None
@@ -414,7 +431,7 @@ def _quantise(
         TOKENS=_TOKENS,
         TYPE=_TYPES[operands.dtype],
         TAIL=TAIL_BYTES,
-        num_warps=4,
+        num_warps=_WARPS,
         num_stages=1,
     )
     return records, excess
