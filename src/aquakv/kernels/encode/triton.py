@@ -160,19 +160,24 @@ def quantise_kernel(
     squares = tl.zeros((TOKENS, 128), tl.float32)
     beside = tl.zeros((TOKENS, 128), tl.float32)
     column = tl.arange(0, 128)
-    coming = tl.load(row + column[None, :], mask=(column < row_columns)[None, :], other=0.0)
-    for start in range(0, row_columns, 128):
-        number = coming.to(tl.float32)
-        after = start + 128 + column
-        coming = tl.load(row + after[None, :], mask=(after < row_columns)[None, :], other=0.0)
-        inside = start + column < row_columns
-        weight = tl.load(coded + start + column, mask=inside, other=0.0)[None, :]
+    inside = column < row_columns
+    number = tl.load(row + column[None, :], mask=inside[None, :], other=0.0)
+    weight = tl.load(coded + column, mask=inside, other=0.0)
+    unit = tl.load(rest + column, mask=inside, other=0.0)
+    for _ in range(0, row_columns, 128):
+        actual, chosen, own_unit = number.to(tl.float32), weight[None, :] != 0, unit[None, :]
+        # What comes next is loaded while this is worked on.
+        column += 128
+        inside = column < row_columns
+        number = tl.load(row + column[None, :], mask=inside[None, :], other=0.0)
+        weight = tl.load(coded + column, mask=inside, other=0.0)
+        unit = tl.load(rest + column, mask=inside, other=0.0)
         # Neither products of float16 that leave its range nor their squares here become infinite.
-        clamped = tl.where(weight != 0, number, 0.0)
+        clamped = tl.where(chosen, actual, 0.0)
         clamped = tl.clamp(clamped, -1e16, 1e16, propagate_nan=tl.PropagateNan.ALL)
         squares += clamped * clamped
         if GUARDED:
-            distance = number * tl.load(rest + start + column, mask=inside, other=0.0)[None, :]
+            distance = actual * own_unit
             beside += distance * distance
     total_square = tl.sum(squares, axis=1)
     lost = total_square != total_square
