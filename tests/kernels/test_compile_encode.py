@@ -106,7 +106,7 @@ def kernels():
     from aquakv.kernels.encode.triton import coefficients_kernel, quantise_kernel
     from aquakv.kernels.reconstruct.triton import grid_kernel, keys_kernel, levels_kernel
 
-    yield coefficients_kernel, coefficients(128, 64), 8
+    yield coefficients_kernel, coefficients(128, 64), 4
     yield coefficients_kernel, coefficients(64, 0, "fp32"), 4
     yield coefficients_kernel, coefficients(256, 16), 8
     yield quantise_kernel, quantise(keys=True), 4

@@ -17,7 +17,13 @@ from aquakv.numerics import cubic_levels
 Moved = TypeVar("Moved")
 
 #: What a row of `CodeColumns.table` holds of 16 coefficients each.
-TABLE_ROWS = ("half", "rise", "cubic", "bend", "top", "slope", "gain", "weight")
+TABLE_ROWS = ("most", "rise", "cubic", "bend", "top", "slope", "gain", "weight", "middle")
+
+#: A float32 of this size has halves as its last bit: added to x, it leaves twice the stored code there.
+MAGIC = 2.0**22
+
+#: Fields that the kernel works on at a time.
+FIELDS_AT_ONCE = 4
 
 #: Furthest that a codec's float32 matrices are from what they should be, relative to 1.
 _ORTHONORMAL = 1e-2
@@ -36,14 +42,16 @@ class CodeColumns:
     layout
         The page layout.
     fields
-        ``[fields, 2]`` int32, in the order of planes and shifts. First ``plane | width << 16 | shift << 20 |
-        first of its plane << 24 | last << 25 | some levels are cubic << 26``; then the field's first column.
+        ``[fields, 2]`` int32, in the order of planes and shifts; fields without bits and coefficients make
+        them a multiple of `FIELDS_AT_ONCE`. First ``plane | width << 16 | shift << 20 | first of its plane <<
+        24 | last << 25 | some levels are cubic << 26``; then the field's first column.
     table
-        ``[fields, 8, 16]`` float32 by `TABLE_ROWS`: of width w, half its levels (0 without a coefficient,
-        whose other numbers are of no matter); bounds between levels are ``m * (rise + cubic * m**2)``, whose
-        inverse is near ``u / (rise + bend * u)`` up to ``top``; levels are ``slope * x * (1 + gain *
-        x**2)``, gain rounded to the operands' dtype; weight of the error in the guard, over the root of its
-        limit.
+        ``[fields, 9, 16]`` float32 by `TABLE_ROWS`: of width w, the largest x, 0 without a coefficient;
+        bounds between levels are ``m * (rise + cubic * m**2)``, rise infinite where there are none (one bit,
+        no coefficient), whose inverse is near ``u / (rise + bend * u)`` up to ``top``; levels are ``slope * x
+        * (1 + gain * x**2)``, gain rounded to the operands' dtype; weight of the error in the guard, over the
+        root of its limit; middle is `MAGIC` and the stored code that would be x = 0, or `MAGIC` alone
+        without a coefficient.
     slots
         ``[fields * 16]`` int64: the coefficient in every slot, -1 if none.
     coded, rest
@@ -181,8 +189,11 @@ def _tables(
     """Return the words of the fields, the table in float64 and the slots; see `CodeColumns`."""
     by_plane = sorted(layout.fields, key=lambda f: (f.plane, f.shift))
     words, slots = [], []
-    table = torch.zeros(len(by_plane), len(TABLE_ROWS), FIELD_COLUMNS, dtype=torch.float64, device="cpu")
-    table[:, TABLE_ROWS.index("rise")] = 1.0  # what is divided by
+    padding = -len(by_plane) % FIELDS_AT_ONCE
+    shape = len(by_plane) + padding, len(TABLE_ROWS), FIELD_COLUMNS
+    table = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    table[:, TABLE_ROWS.index("rise")] = math.inf
+    table[:, TABLE_ROWS.index("middle")] = MAGIC
     for index, f in enumerate(by_plane):
         before = by_plane[index - 1].plane if index else -1
         after = by_plane[index + 1].plane if index + 1 < len(by_plane) else -1
@@ -190,10 +201,11 @@ def _tables(
         flags = (before != f.plane) << 24 | (after != f.plane) << 25 | cubic << 26
         words.append([f.plane | f.width << 16 | f.shift << 20 | flags, order.starts[f]])
         for column, i in enumerate(f.coefficients):
-            row = (*_level_row(layout.widths[i]), order.weights[i] / root_limit)
+            # A field is as wide as its widest coefficient; the levels of the others lie in the middle.
+            row = (*_level_row(layout.widths[i]), order.weights[i] / root_limit, MAGIC + f.centre)
             table[index, :, column] = _on_cpu(row, torch.float64)
         slots += [*f.coefficients, *[-1] * (FIELD_COLUMNS - len(f.coefficients))]
-    return words, table, slots
+    return words + [[0, 0]] * padding, table, slots + [-1] * (padding * FIELD_COLUMNS)
 
 
 def _on_cpu(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
@@ -201,13 +213,14 @@ def _on_cpu(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
 
 
 def _level_row(width: int) -> tuple[float, ...]:
-    """Return half the levels of a width, and what their bounds and levels follow from."""
+    """Return the largest x of a width, and what its bounds and levels follow from."""
     linear, cubic, _ = cubic_levels(width)
     half = 1 << (width - 1)
     # The bound between levels m - 1/2 and m + 1/2 is their mean.
     rise = linear + 0.75 * cubic
     top = half * (rise + cubic * half * half)
-    return half, rise, cubic, (top / half - rise) / top, top, linear, cubic / linear
+    bend = (top / half - rise) / top
+    return half - 0.5, rise if half > 1 else math.inf, cubic, bend, top, linear, cubic / linear
 
 
 def _beside(name: str, root: Tensor, analysis: Tensor, synthesis: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,8 @@ def quantise(columns: Tensor, described: CodeColumns) -> Quantised:
     """Quantise columns ``[tokens, columns]`` in the operands' dtype."""
     tokens, dtype = len(columns), columns.dtype
     by_coefficient = columns.new_zeros(tokens, described.layout.coefficients, dtype=torch.float32)
-    for f, (_, start) in zip(_by_plane(described), described.fields.tolist(), strict=True):
+    fields = sorted(described.layout.fields, key=lambda f: (f.plane, f.shift))
+    for f, (_, start) in zip(fields, described.fields[: len(fields)].tolist(), strict=True):
         chosen = torch.tensor(f.coefficients, device=columns.device)
         by_coefficient[:, chosen] = columns[:, start : start + len(f.coefficients)].float()
     coded = by_coefficient[:, [w > 0 for w in described.layout.widths]]
@@ -118,7 +119,3 @@ def quantise(columns: Tensor, described: CodeColumns) -> Quantised:
     excess = (error * table["weight"]).square().sum(1)
     excess = excess + (columns.float() * described.rest).square().sum(1)
     return Quantised(codes, scales[:, 0], levels, excess)
-
-
-def _by_plane(described: CodeColumns):
-    return sorted(described.layout.fields, key=lambda f: (f.plane, f.shift))

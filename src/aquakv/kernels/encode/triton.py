@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from aquakv.codec.scalar import SCALES
-from aquakv.kernels.encode.columns import TABLE_ROWS, CodeColumns
+from aquakv.kernels.encode.columns import FIELDS_AT_ONCE, TABLE_ROWS, CodeColumns
 from aquakv.kernels.encode.operands import BLOCK_COLUMNS, EncodeOperands
 from aquakv.kernels.pages import PAGE_TOKENS, TAIL_BYTES
 
-#: Tokens of a program that quantises: a part of a page, so that there are programs enough.
-_TOKENS = 32
+#: Tokens and warps of a program that quantises: a part of a page, so that there are programs enough, and four
+#: coefficients of a token to a thread.
+_TOKENS, _WARPS = 32, 4
 
 _TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -31,8 +32,8 @@ _TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
 @triton.jit
 def _narrow(numbers, TYPE: tl.constexpr, LIMIT: tl.constexpr):
     """Round to TYPE; what exceeds LIMIT to it, infinity to not-a-number."""
-    clamped = tl.minimum(tl.maximum(numbers, -LIMIT), LIMIT)
-    return tl.where(tl.abs(numbers) < float("inf"), clamped, float("nan")).to(TYPE)
+    # Nothing times what is not finite is not a number.
+    return (tl.clamp(numbers, -LIMIT, LIMIT) + 0.0 * numbers).to(TYPE)
 
 
 @triton.jit(do_not_specialize=["key_unit", "value_unit"])
@@ -61,33 +62,58 @@ def coefficients_kernel(
 ):
     """Compute one head's columns of one page's keys, and lay values and latents beside the levels to come."""
     TYPE: tl.constexpr = analysis.dtype.element_ty
+    WIDTH: tl.constexpr = HEADS * DIM
     head = tl.program_id(0) % HEADS
-    token = ((tl.program_id(0) // HEADS).to(tl.int64) * 64 + tl.arange(0, 64))[:, None]
+    # 64-bit numbers only for where the page's rows begin.
+    first = (tl.program_id(0) // HEADS).to(tl.int64) * 64
+    token = tl.arange(0, 64)[:, None]
     coordinates = tl.arange(0, DIM)
     feature = head * DIM + coordinates
-    place = token * (HEADS * DIM) + feature[None, :]
-    residual = tl.load(keys + place).to(tl.float32) - tl.load(key_offset + feature)[None, :]
+    place = token * WIDTH + feature[None, :]
+    inputs += first * row_inputs
+    residual = tl.load(keys + first * WIDTH + place).to(tl.float32) - tl.load(key_offset + feature)[None, :]
     if RANK:
         ranks = tl.arange(0, RANK)
-        latent = tl.load(latents + token * RANK + ranks[None, :]).to(TYPE)
-        own = tl.load(latent_map + ranks[:, None] * (HEADS * DIM) + feature[None, :])
-        residual -= tl.dot(latent, own, input_precision="ieee")
+        latent = tl.load(latents + first * RANK + token * RANK + ranks[None, :]).to(TYPE)
+        own = tl.load(latent_map + ranks[:, None] * WIDTH + feature[None, :])
+        residual = tl.dot(-latent, own, residual, input_precision="ieee")
         if PREDICTS and head == 0:
             tl.store(inputs + token * row_inputs + levels + ranks[None, :], latent)
-    centred = (tl.load(values + place).to(tl.float32) - tl.load(value_offset + feature)[None, :]) * value_unit
-    last = inputs + token * row_inputs + (row_inputs - HEADS * DIM)
-    tl.store(last + feature[None, :], _narrow(centred, TYPE, LIMIT))
     residual = _narrow(residual * key_unit, TYPE, LIMIT)
     start = tl.load(first_columns + head)
     count = tl.load(first_columns + head + 1) - start
     # Groups begin at multiples of 16 columns.
-    out = columns + token * row_columns + start // 16 * 16
+    out = columns + first * row_columns + start // 16 * 16
     analysis += head * (DIM * BLOCKS * 64)
     for block in tl.static_range(BLOCKS):
         column = block * 64 + tl.arange(0, 64)
         matrix = tl.load(analysis + coordinates[:, None] * (BLOCKS * 64) + column[None, :])
         found = tl.dot(residual, matrix, input_precision="ieee")
-        tl.store(out + column[None, :], _narrow(found, TYPE, LIMIT), mask=(column < count)[None, :])
+        tl.store(
+            out + token * row_columns + column[None, :],
+            _narrow(found, TYPE, LIMIT),
+            mask=(column < count)[None, :],
+        )
+    centred = (
+        tl.load(values + first * WIDTH + place).to(tl.float32) - tl.load(value_offset + feature)[None, :]
+    )
+    last = inputs + (row_inputs - WIDTH)
+    tl.store(last + token * row_inputs + feature[None, :], _narrow(centred * value_unit, TYPE, LIMIT))
+
+
+@triton.jit
+def _bounds_passed(magnitude, numbers):
+    """Count the bounds between levels that a magnitude has passed, for any widths; none if not a number."""
+    rise = tl.load(numbers + 16)[None, :]
+    cubic = tl.load(numbers + 32)[None, :]
+    magnitude = tl.minimum(magnitude, tl.load(numbers + 64)[None, :], propagate_nan=tl.PropagateNan.ALL)
+    # About where among the bounds; half a bound's distance is near enough, the comparison decides.
+    bound = magnitude / (rise + tl.load(numbers + 48)[None, :] * magnitude)
+    square = bound * bound
+    bound = (magnitude + 2.0 * cubic * square * bound) / (rise + 3.0 * cubic * square)
+    bound = tl.floor(bound + 0.5)
+    outward = bound - (magnitude < bound * (rise + cubic * bound * bound)).to(tl.float32)
+    return tl.where(outward > 0, outward, 0.0)
 
 
 @triton.jit(do_not_specialize=["coefficients", "num_fields"])
@@ -123,34 +149,44 @@ def quantise_kernel(
 ):
     """Scale, quantise and pack TOKENS tokens; also their levels, the next latents and the errors.
 
-    TYPE is that of the operands, which the columns have too.
+    TYPE is that of the operands, which the columns have too. Four fields are worked on at a time, so that
+    their instructions and loads overlap and products are of 64 levels.
     """
     first = tl.program_id(0) * TOKENS
     own = tl.arange(0, TOKENS)
     token = (first + own).to(tl.int64)[:, None]
     row = columns + token * row_columns
     # First all columns: the mean square of the coded, the errors of the others.
-    squares = tl.zeros((TOKENS, 64), tl.float32)
-    beside = tl.zeros((TOKENS, 64), tl.float32)
-    missing = tl.zeros((TOKENS, 64), tl.int32)
-    for start in range(0, row_columns, 64):
-        column = start + tl.arange(0, 64)
+    squares = tl.zeros((TOKENS, 128), tl.float32)
+    beside = tl.zeros((TOKENS, 128), tl.float32)
+    column = tl.arange(0, 128)
+    inside = column < row_columns
+    number = tl.load(row + column[None, :], mask=inside[None, :], other=0.0)
+    weight = tl.load(coded + column, mask=inside, other=0.0)
+    unit = tl.load(rest + column, mask=inside, other=0.0)
+    for _ in range(0, row_columns, 128):
+        actual, chosen, own_unit = number.to(tl.float32), weight[None, :] != 0, unit[None, :]
+        # What comes next is loaded while this is worked on.
+        column += 128
         inside = column < row_columns
-        number = tl.load(row + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        weight = tl.load(coded + column, mask=inside, other=0.0)[None, :]
-        missing |= ((number != number) & (weight != 0)).to(tl.int32)
+        number = tl.load(row + column[None, :], mask=inside[None, :], other=0.0)
+        weight = tl.load(coded + column, mask=inside, other=0.0)
+        unit = tl.load(rest + column, mask=inside, other=0.0)
         # Neither products of float16 that leave its range nor their squares here become infinite.
-        clamped = tl.minimum(tl.maximum(number, -1e16), 1e16)
-        squares += tl.where(weight != 0, clamped * clamped, 0.0)
+        clamped = tl.where(chosen, actual, 0.0)
+        clamped = tl.clamp(clamped, -1e16, 1e16, propagate_nan=tl.PropagateNan.ALL)
+        squares += clamped * clamped
         if GUARDED:
-            distance = number * tl.load(rest + column, mask=inside, other=0.0)[None, :]
+            distance = actual * own_unit
             beside += distance * distance
-    lost = tl.max(missing, axis=1) != 0
-    octaves = 8.0 * tl.log2(tl.where(lost, 1.0, tl.sum(squares, axis=1)) / coefficients)
+    total_square = tl.sum(squares, axis=1)
+    lost = total_square != total_square
+    octaves = 8.0 * tl.log2(tl.where(lost, 1.0, total_square) / coefficients)
     code = tl.minimum(tl.maximum(tl.floor(octaves + 128.5), 0.0), 254.0).to(tl.int32)
     code = tl.where(lost, 255, tl.where(num_fields > 0, code, 128))
     scale = tl.load(scales + code)
-    reciprocal = (1.0 / scale)[:, None]
+    # What is lost becomes 0 or not a number, and both the level next to 0 from above.
+    reciprocal = tl.where(lost, 0.0, 1.0 / scale)[:, None]
     narrow_scale = scale.to(TYPE)[:, None]
     page = first // 64
     within = first % 64 + own
@@ -168,64 +204,83 @@ def quantise_kernel(
     if WIDTH:
         widths = tl.arange(0, WIDTH)
         total = tl.zeros((TOKENS, WIDTH), tl.float32)
-    lost = lost[:, None]
-    # The next field's columns are loaded while one is worked on.
-    some = num_fields > 0
-    ahead = tl.load(fields + 1, mask=some, other=0)
-    number = tl.load(row + ahead // 16 * 16 + lane[None, :], mask=own[:, None] < TOKENS * some, other=0.0)
-    for index in range(num_fields):
-        word = tl.load(fields + 2 * index)
-        actual = number.to(tl.float32)
-        more = index + 1 < num_fields
-        ahead = tl.load(fields + 2 * index + 3, mask=more, other=0)
-        number = tl.load(row + ahead // 16 * 16 + lane[None, :], mask=own[:, None] < TOKENS * more, other=0.0)
-        numbers = table + index * 128 + lane
-        half = tl.load(numbers)[None, :]
-        rise = tl.load(numbers + 16)[None, :]
-        top = tl.load(numbers + 64)[None, :]
-        held = tl.minimum(tl.maximum(actual, -1e30), 1e30)
-        relative = tl.where(lost, 0.0, held * reciprocal)
-        magnitude = tl.minimum(tl.abs(relative), top)
-        cubic_field = (word >> 26) & 1
-        cubic = tl.load(numbers + 32)[None, :]
-        # About where among the bounds; half a bound's distance is near enough, the comparison decides.
-        bound = magnitude / (rise + tl.load(numbers + 48)[None, :] * magnitude)
-        if cubic_field:
-            square = bound * bound
-            bound = (magnitude + 2.0 * cubic * square * bound) / (rise + 3.0 * cubic * square)
-        bound = tl.floor(bound + 0.5)
-        outward = bound - (tl.abs(relative) < bound * (rise + cubic * bound * bound)).to(tl.float32)
-        outward = tl.minimum(tl.maximum(outward, 0.0), half - 1.0)
-        x = tl.where(relative < 0, -0.5 - outward, 0.5 + outward)
-        here = half > 0
-        x = tl.where(here, x, 0.0)
-        # A field is as wide as its widest coefficient; the levels of the others lie in the middle.
-        centre = ((1 << ((word >> 16) & 15)) - 1) * 0.5
-        stored = tl.where(here, x + centre, 0.0).to(tl.int32) << ((word >> 20) & 15)
-        packed = tl.where(((word >> 24) & 1) != 0, stored, packed | stored)
-        plane = record + (word & 0xFFFF) * 1024
-        finished = ((word >> 25) & 1) != 0
-        tl.store(
-            plane + within[:, None] * 16 + lane[None, :],
-            packed.to(tl.uint8),
-            mask=own[:, None] < TOKENS * finished,
-        )
-        level = x.to(TYPE)
-        if cubic_field:
-            gain = tl.load(numbers + 96)[None, :].to(TYPE)
-            level = level * (level * level * gain + 1.0).to(TYPE)
-        if STORE_LEVELS:
-            tl.store(inputs + token * row_inputs + index * 16 + lane[None, :], level * narrow_scale)
+        # Levels come side by side: all four fields' of a column, then those of the next.
+        level_row = (tl.arange(0, 64) % 4 * 16 + tl.arange(0, 64) // 4)[:, None] * WIDTH + widths[None, :]
+        # They are multiplied while the next four fields are worked on.
+        side_by_side = tl.zeros((TOKENS, 64), TYPE)
+        matrix = tl.zeros((64, WIDTH), TYPE)
+    scale_column = scale[:, None]
+    # The next four fields' columns are loaded while four are worked on.
+    some = own[:, None] < TOKENS * (num_fields > 0)
+    loaded = ()
+    for f in tl.static_range(4):
+        place = tl.load(fields + 2 * f + 1, mask=num_fields > 0, other=0)
+        loaded += (tl.load(row + place // 16 * 16 + lane[None, :], mask=some, other=0.0),)
+    for start in range(0, num_fields, 4):
         if WIDTH:
-            matrix = tl.load(innovation + (index * 16 + lane[:, None]) * WIDTH + widths[None, :])
-            total = tl.dot(level, matrix, total, input_precision="ieee")
-        if GUARDED:
-            slope = tl.load(numbers + 80)[None, :]
-            error = actual - level.to(tl.float32) * (slope * scale[:, None])
-            error *= tl.load(numbers + 112)[None, :]
-            errors += error * error
+            total = tl.dot(side_by_side, matrix, total, input_precision="ieee")
+        here = fields + 2 * start
+        more = start + 4 < num_fields
+        some = own[:, None] < TOKENS * more
+        words, actual, relative, ahead = (), (), (), ()
+        for f in tl.static_range(4):
+            words += (tl.load(here + 2 * f),)
+            actual += (loaded[f].to(tl.float32),)
+            relative += (actual[f] * reciprocal,)
+            place = tl.load(here + 2 * f + 9, mask=more, other=0)
+            ahead += (tl.load(row + place // 16 * 16 + lane[None, :], mask=some, other=0.0),)
+        loaded = ahead
+        xs, levels = (), ()
+        for f in tl.static_range(4):
+            numbers = table + (start + f) * 144 + lane
+            # At two bits there is one bound, at one none.
+            size = tl.where(tl.abs(relative[f]) >= tl.load(numbers + 16)[None, :], 1.5, 0.5)
+            size = tl.minimum(size, tl.load(numbers)[None, :])
+            xs += (tl.where(relative[f] < 0, -size, size),)
+            levels += (xs[f].to(TYPE),)
+        if (((words[0] | words[1] | words[2] | words[3]) >> 26) & 1) != 0:
+            cubic_xs, cubic_levels = (), ()
+            for f in tl.static_range(4):
+                numbers = table + (start + f) * 144 + lane
+                passed = _bounds_passed(tl.abs(relative[f]), numbers)
+                size = tl.minimum(0.5 + passed, tl.load(numbers)[None, :])
+                x = tl.where(relative[f] < 0, -size, size)
+                cubic_xs += (x,)
+                level = x.to(TYPE)
+                gain = tl.load(numbers + 96)[None, :].to(TYPE)
+                cubic_levels += (level * (level * level * gain + 1.0).to(TYPE),)
+            xs, levels = cubic_xs, cubic_levels
+        if WIDTH:
+            matrix = tl.load(innovation + (start * (16 * WIDTH) + level_row))
+        for f in tl.static_range(4):
+            word = words[f]
+            numbers = table + (start + f) * 144 + lane
+            # The lowest bits of a float32 between 2^22 and 2^23 are twice the code.
+            stored = xs[f] + tl.load(numbers + 128)[None, :]
+            stored = stored.to(tl.int32, bitcast=True) << ((word >> 20) & 15)
+            packed = packed & (((word >> 24) & 1) - 1) | stored
+            plane = record + (word & 0xFFFF) * 1024
+            finished = ((word >> 25) & 1) != 0
+            tl.store(
+                plane + within[:, None] * 16 + lane[None, :],
+                (packed >> 1).to(tl.uint8),
+                mask=own[:, None] < TOKENS * finished,
+            )
+            level = levels[f]
+            if STORE_LEVELS:
+                beside_values = inputs + token * row_inputs + (start + f) * 16
+                tl.store(beside_values + lane[None, :], level * narrow_scale)
+            if GUARDED:
+                slope = tl.load(numbers + 80)[None, :]
+                error = actual[f] - level.to(tl.float32) * (slope * scale_column)
+                error *= tl.load(numbers + 112)[None, :]
+                errors += error * error
+        if WIDTH:
+            side_by_side = tl.join(tl.join(levels[0], levels[2]), tl.join(levels[1], levels[3]))
+            side_by_side = side_by_side.reshape(TOKENS, 64)
     if WIDTH:
-        total = total * scale[:, None] + tl.load(next_offset + widths)[None, :]
+        total = tl.dot(side_by_side, matrix, total, input_precision="ieee")
+        total = total * scale_column + tl.load(next_offset + widths)[None, :]
         if RANK:
             ranks = tl.arange(0, RANK)
             latent = tl.load(latents + token * RANK + ranks[None, :]).to(TYPE)
@@ -296,10 +351,20 @@ def coefficients(
         BLOCKS=operands.key_analysis.shape[2] // BLOCK_COLUMNS,
         PREDICTS=operands.predicts_values,
         LIMIT=torch.finfo(dtype).max,
-        num_warps=4 if operands.head_dim < 128 else 8,
-        num_stages=1,
+        **_coefficient_options(operands.head_dim, dtype),
     )
     return Coefficients(columns, inputs)
+
+
+def _coefficient_options(head_dim: int, dtype: torch.dtype) -> dict[str, int | None]:
+    """Return how `coefficients_kernel` is compiled.
+
+    With 160 registers, which are enough for heads of 128 and four warps, a multiprocessor of a Hopper GPU has
+    three programs at a time, and each waits for memory while the others compute.
+    """
+    if head_dim <= 128 and dtype == torch.float16:
+        return {"num_warps": 4, "num_stages": 1, "maxnreg": 160}
+    return {"num_warps": 4 if head_dim < 128 else 8, "num_stages": 1, "maxnreg": None}
 
 
 def quantise_keys(
@@ -335,7 +400,8 @@ def _quantise(
     key_excess: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch `quantise_kernel` for keys (which have inputs of the values to fill) or for values."""
-    assert described.table.shape[1:] == (len(TABLE_ROWS), 16)
+    assert described.table.shape[1:] == (len(TABLE_ROWS), 16) == (9, 16)
+    assert len(described.fields) % FIELDS_AT_ONCE == 0
     tokens = len(columns)
     records = columns.new_empty(tokens // PAGE_TOKENS, described.layout.record_bytes, dtype=torch.uint8)
     excess = columns.new_empty(tokens, dtype=torch.float32) if operands.guarded else None
@@ -370,7 +436,7 @@ def _quantise(
         TOKENS=_TOKENS,
         TYPE=_TYPES[operands.dtype],
         TAIL=TAIL_BYTES,
-        num_warps=4,
+        num_warps=_WARPS,
         num_stages=1,
     )
     return records, excess
