@@ -302,6 +302,17 @@ def test_weights_prefetched_but_not_wanted_do_no_harm(checkpoint):
     assert all(p.device.type == "meta" for p in weights.model.parameters())
 
 
+def test_every_layer_is_read_once(checkpoint, monkeypatch):
+    adapter, read = streamed(checkpoint()), []
+    own = adapter.weights._materialise
+    monkeypatch.setattr(
+        adapter.weights, "_materialise", lambda names, reader: (read.append(names[0]), own(names, reader))
+    )
+    calibrate(adapter, TOKENS, config("paper"))
+    layers = [name for name in read if ".layers." in name]
+    assert len(layers) == len(set(layers)) == len(adapter.layers)
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,14 @@
 """Observe a layer while the one before it is being fitted, with one thread and two streams of a GPU.
 
 A fit pauses: for factorisations and eigendecompositions, which are long chains of small kernels, and for
-numbers that the host needs. The forward pass through the next layer needs nothing of it and fills these pauses.
+numbers that the host needs. The forward pass through the next layer needs nothing of it and fills the pauses.
 
 One thread starts the work of both, the fit's on a stream of its own and, between its steps, a few batches of
 the next layer on the stream that was there. So everything that belongs to a thread or a process (how float32
 matrices are multiplied, gradients, exceptions, the order in which processes talk to each other) is as if one
-came after the other, and so are the results: the same operations on the same operands, in two queues instead of
-one.
+came after the other, and so are the results: the same operations on the same operands, in two queues.
 
-The fit's stream goes first: its kernels are small, and nobody waits for the next layer before the fit is done.
+The fit's stream goes first: its kernels are small, and nobody waits for the next layer before it is done.
 """
 
 from __future__ import annotations

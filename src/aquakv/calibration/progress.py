@@ -139,7 +139,9 @@ class Ticker:
     def _left(self, now: float) -> float | None:
         """Return the seconds left; a phase that has not begun counts as dear as the others on average."""
         spent: dict[Phase, float] = {}
-        for phase, seconds in {**self.seconds, self._phase: self._spent(now)}.items():
+        clocks: set[Phase] = {*self.seconds, self._phase}
+        for phase in clocks:
+            seconds = self._spent(now) if phase == self._phase else self.seconds[phase]
             counted = _COUNTED_AS.get(phase, phase)
             spent[counted] = spent.get(counted, 0.0) + seconds
         known = sum(self._counts.values())

@@ -138,7 +138,7 @@ class LayerWalk:
         num_attention_heads, seq_len, head_dim]``.
 
         Yields, for every batch of a layer that is compressed, keys before rotary embedding and values, each
-        ``[sequences, seq_len, num_kv_heads * head_dim]`` in the model's dtype; None for every batch of others.
+        ``[sequences, seq_len, num_kv_heads * head_dim]`` in the model's dtype; None for each of others.
         """
         layer = self.adapter.layers[layer_idx]
         compressed = layer_idx in self.adapter.compressed_layers

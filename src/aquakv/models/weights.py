@@ -182,11 +182,11 @@ class StreamedWeights:
             self._begin(part)
             self._coming.pop(part).result()
             self.waited += time.perf_counter() - started
+            in_vain: list[Part] = [other for other in self._coming if other != then]
+            for other in in_vain:
+                self._coming.pop(other).result()
+                self._drop(self._parts[other])
         self._held[part] = self._held.get(part, 0) + 1
-        in_vain: list[Part] = [other for other in self._coming if other != then]
-        for other in in_vain:
-            self._coming.pop(other).result()
-            self._drop(self._parts[other])
         if then is not None and then in self._parts and not self._held.get(then):
             self._begin(then)
         try:

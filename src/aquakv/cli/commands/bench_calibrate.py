@@ -50,6 +50,7 @@ def calibrate(
     preset_name: Annotated[str, typer.Option("--preset", help="Preset.")] = "decode",
     bits: Annotated[float | None, typer.Option("--bits", help="Mean bits per value.")] = None,
     offload: options.Offload = "auto",
+    overlap: options.Overlap = None,
     data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)] = "pydoc:train",
     data_dir: options.DataDir = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -88,7 +89,9 @@ def calibrate(
         tokens = token_sequences([data], opened.tokenizer, samples, seq_len, data_dir)
         shape, total = model, len(adapter.layers)
         contestant = f"{model} {'streamed' if stream else 'in memory'}"
-    bench = CalibrationBench(contestant, shape, adapter, tokens, config, batch_size, offload, total)
+    if overlap is not None:
+        contestant += ", side by side" if overlap else ", one after the other"
+    bench = CalibrationBench(contestant, shape, adapter, tokens, config, batch_size, offload, total, overlap)
     with options.progress_bar("Calibrating", "batches") as report:
         rows = bench.run(report)
     if json_out is not None:
