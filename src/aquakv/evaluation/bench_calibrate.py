@@ -56,6 +56,8 @@ class CalibrationBench:
         As for `calibrate_many`.
     total_layers
         Layers of the whole model, of which ``adapter`` may have the first ones only.
+    data
+        What the tokens are.
     """
 
     contestant: str
@@ -67,6 +69,7 @@ class CalibrationBench:
     offload: str
     total_layers: int
     overlap: bool | None = None
+    data: str = "random tokens"
 
     def run(self, report: Report | None = None) -> list[Row]:
         """Calibrate once; return a row for every phase, and one for the whole."""
@@ -145,6 +148,7 @@ class CalibrationBench:
             "contestant": self.contestant,
             "shape": self.shape,
             "preset": self.config.preset,
+            "data": self.data,
             "layers": len(self.adapter.layers),
             "total_layers": self.total_layers,
             "sequences": len(self.tokens),

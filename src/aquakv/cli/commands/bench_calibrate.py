@@ -78,7 +78,7 @@ def calibrate(
         else:
             adapter = synthetic(shape, layers, kind, place)
             contestant = f"{shape} made on the fly"
-        tokens = shapes.random_tokens(adapter.model, samples, seq_len)
+        tokens, text = shapes.random_tokens(adapter.model, samples, seq_len), "random tokens"
     elif layers is not None or from_disk is not None:
         raise ConfigError(
             f"--layers, --from-disk: expected random weights ({shapes.PREFIX}NAME), got {model}"
@@ -86,12 +86,14 @@ def calibrate(
     else:
         opened = open_streamed(model, dtype.value, device) if stream else options.load(model, dtype, device)
         adapter = opened.adapter
-        tokens = token_sequences([data], opened.tokenizer, samples, seq_len, data_dir)
+        tokens, text = token_sequences([data], opened.tokenizer, samples, seq_len, data_dir), data
         shape, total = model, len(adapter.layers)
         contestant = f"{model} {'streamed' if stream else 'in memory'}"
     if overlap is not None:
         contestant += ", side by side" if overlap else ", one after the other"
-    bench = CalibrationBench(contestant, shape, adapter, tokens, config, batch_size, offload, total, overlap)
+    bench = CalibrationBench(
+        contestant, shape, adapter, tokens, config, batch_size, offload, total, overlap, text
+    )
     with options.progress_bar("Calibrating", "batches") as report:
         rows = bench.run(report)
     if json_out is not None:
