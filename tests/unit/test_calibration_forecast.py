@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from aquakv.models.streaming import stream_directory
 from tiny_models import WINDOW, build, shared
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ def test_overlap_is_given_up_before_more_is_offloaded(small_shape, monkeypatch):
     with pytest.raises(ConfigError, match="several"):
         choose_waiting(spread, "auto", True)
     planned = dataclasses.replace(work, observed_tokens=work.tokens)
-    assert not any(way.overlap for way in ways_to_wait(planned, "auto"))
+    assert not any(way.overlap for asked in (None, True) for way in ways_to_wait(planned, "auto", asked))
 
 
 def test_host_memory_counts_on_a_cpu():
@@ -180,6 +183,39 @@ def test_benchmark_from_disk_and_on_the_fly(small_shape, tmp_path):
         assert total["peak_host_bytes"] > 0
 
 
+def test_tables_of_calibrations_side_by_side_and_not(small_shape, tmp_path, monkeypatch):
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_OBSERVED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_NEEDED_BYTES", 1)
+    adapter = synthetic(small_shape, 3, torch.bfloat16, CPU)
+    tokens, rows = random_tokens(adapter.model, 6, 128), []
+    for overlap in (False, True):
+        bench = CalibrationBench(
+            f"overlap {overlap}", small_shape, adapter, tokens, preset("decode"), 2, "auto", 9, overlap
+        )
+        found = bench.run()
+        phases = {row["phase"]: row for row in found}
+        assert ("fit, beside observing" in phases) == overlap == phases["total"]["overlap"]
+        assert ("of_matmul_rate" in phases["observe"]) != overlap
+        assert phases["total"]["sweep_of_matmul_rate"] > 0
+        assert phases["total"]["projected_total_seconds"] > phases["total"]["seconds"]
+        rows += found
+    for row in rows:
+        row["peak_device_bytes"] = 1 << 30  # as a GPU says
+    result = {"versions": {"torch": "2"}, "device": "it", "rows": rows}
+    for name in ("calibrate-h200", "calibrate-cpu"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "scripts" / "make_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    tables.RESULTS = tmp_path
+    for table in (tables.calibration(), tables.calibration_cpu()):
+        lines = table.split("\n\n")[0].splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        for title in (tables.PHASES["fit, beside observing"], "in all"):
+            assert any(line.startswith(f"| {title} |") for line in lines)
+    assert "text and fits" in tables.calibration()
+
+
 def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     build().save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit) as done:
@@ -187,6 +223,13 @@ def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert done.value.code == 0
     for text in ("weights", "hidden states", "fit", "in all", "loaded as a whole"):
+        assert text in said
+    assert "next one" not in said
+    options = ["--dry-run", "--overlap", "--preset", "paper", "--seq-len", "64"]
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(tmp_path / "model"), *options])
+    said = capsys.readouterr().out
+    for text in ("keys and values of two layers", "in all, at most", "while the next one is observed"):
         assert text in said
     with pytest.raises(SystemExit) as done:
         main(["calibrate", str(tmp_path / "model"), "--dry-run", "--samples", "100000000", "--seq-len", "64"])

@@ -168,10 +168,11 @@ def ways_to_wait(work: Workload, offload: str, overlap: bool | None = None) -> l
     if work.device.type == "cpu":
         offload = "none"
     chosen = list(ways.values()) if offload == "auto" else [ways[offload]]
+    if work.processes == 1 and work.observed_tokens >= work.tokens:
+        return chosen  # planned with all text: nothing is left to observe
     if overlap is not None:
         return [way._replace(overlap=overlap) for way in chosen]
-    planned_with_all = work.processes == 1 and work.observed_tokens >= work.tokens  # nothing left to observe
-    if work.device.type == "cpu" or work.spread or planned_with_all:
+    if work.device.type == "cpu" or work.spread:
         return chosen
     return [way._replace(overlap=beside) for way in chosen for beside in (True, False)]
 
