@@ -1,5 +1,8 @@
 """A layer is fitted while the next one is observed: the codec is the same, to the last bit."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,6 +11,7 @@ from aquakv import calibrate, calibrate_many, preset
 from aquakv.calibration import RunStore, ahead
 from aquakv.calibration import fit as fit_module
 from aquakv.calibration.job import Job
+from aquakv.calibration.walk import LayerWalk
 from aquakv.evaluation.bench_calibrate import synthetic
 from aquakv.evaluation.shapes import random_tokens
 from aquakv.models.weights import StreamedWeights
@@ -177,6 +181,82 @@ def test_layers_that_are_still_being_read_are_not_waited_for(checkpoint, monkeyp
     assert same_codec(codec, calibrate(streamed(checkpoint()), TOKENS, config("paper")))
 
 
+class _Stream:
+    """Stands in for a stream of a GPU; what was begun on it is done after some more has been."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name):
+        self.name, self.events, self.waits = name, [], []
+
+    def record_event(self):
+        event = SimpleNamespace(query=lambda: len(self.events) - number >= 6)
+        number = len(self.events)
+        self.events.append(event)
+        return event
+
+    def wait_stream(self, other):
+        self.waits.append(other.name)
+
+    def synchronize(self):
+        self.waits.append("host")
+
+
+def test_each_side_is_on_its_own_stream(monkeypatch, begun):
+    """On a GPU: at most so many batches are under way, and fits begin when the observation is there."""
+    observing, fitting, used, under_way = _Stream("observing"), _Stream("fitting"), set(), []
+    current = [observing]
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    lanes, lookahead = ahead.Lanes.__init__, ahead.Lookahead.__init__
+    encode, layer, room = fit_module.CodecFit._encode_batch, LayerWalk.advance, ahead.Lookahead._room
+
+    def with_streams(self, *args):
+        lanes(self, *args)
+        self.stream = fitting
+
+    def with_stream(self, *args):
+        lookahead(self, *args)
+        self._stream = current[-1]
+
+    def encoding(self, *args):
+        used.add(("encode", current[-1].name))
+        return encode(self, *args)
+
+    def advancing(self, *args):
+        for vectors in layer(self, *args):
+            used.add(("advance", current[-1].name))
+            yield vectors
+
+    def counting(self):
+        found = room(self)
+        under_way.append(len(self._under_way) + found)
+        return found
+
+    whole = calibrate(build(), TOKENS, config("paper"), batch_size=1, overlap=False)
+    monkeypatch.setattr(ahead.Lanes, "__init__", with_streams)
+    monkeypatch.setattr(ahead.Lookahead, "__init__", with_stream)
+    monkeypatch.setattr(ahead.Lookahead, "_room", counting)
+    monkeypatch.setattr(fit_module.CodecFit, "_encode_batch", encoding)
+    monkeypatch.setattr(LayerWalk, "advance", advancing)
+    codec = calibrate(build(), TOKENS, config("paper"), batch_size=1, overlap=True)
+    assert same_codec(codec, whole)
+    assert used == {("encode", "fitting"), ("advance", "observing")}
+    assert fitting.waits == ["observing", "host"] * 3
+    assert begun == 12 * [1] + 12 * [2]
+    assert set(under_way) == {ahead.AHEAD}
+    assert current == [observing]
+
+
 def test_processes_that_go_ahead_differently_do_not_wait_for_each_other(tmp_path, checkpoint):
     """How far a process gets beside a fit depends on its GPU: what they exchange comes in one order."""
     first = """
@@ -244,7 +324,7 @@ def test_a_gpu_gives_the_same_codec(name, offload, checkpoint, tmp_path, begun):
             batch_size=1,
             offload=offload,
             overlap=True,
-            progress=killer(seen[-1].total - 8),
+            progress=killer(seen[-1].done - 8),
             store=RunStore(tmp_path / "run"),
         )
     again = calibrate(
