@@ -172,7 +172,7 @@ def workload_of(
         adaptive=sum(one.allocation.kind == "water-filling" for one in configs.values()),
         vocabulary=config.vocab_size,
         processes=processes,
-        spread=len({adapter.layer_device(index) for index in range(len(layers))}) > 1,
+        spread=len({adapter.device, *(adapter.layer_device(index) for index in range(len(layers)))}) > 1,
     )
 
 
