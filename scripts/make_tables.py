@@ -360,6 +360,7 @@ PHASES = {
     "plan: harm": "planning: what errors do",
     "plan: fit": "planning: trial fits",
     "observe": "text through the layers",
+    "fit, beside observing": "fitting and reconstructing, the next layer's text meanwhile",
     "fit": "fitting and reconstructing",
 }
 
@@ -386,22 +387,29 @@ def calibration() -> str:
         lines.append(f"| {title} | {' | '.join(cells)} |")
 
     for phase, title in (*PHASES.items(), ("rest", "rest")):
-        line(
-            title,
-            lambda name, phase=phase: f"{phases[name, phase]['seconds']:.1f}",
-            lambda name, phase=phase: f"{runs[name]['projected_seconds'][phase]:.0f}",
-        )
+        if any((name, phase) in phases for name in runs):
+            line(
+                title,
+                lambda name, phase=phase: seconds(phases.get((name, phase))),
+                lambda name, phase=phase: f"{runs[name]['projected_seconds'].get(phase, 0):.0f}",
+            )
     line(
         "in all",
         lambda name: f"{runs[name]['seconds']:.1f}",
         lambda name: f"{runs[name]['projected_total_seconds']:.0f}",
     )
     line("waiting for weights", lambda name: f"{runs[name]['waited_for_weights_seconds']:.1f}", lambda _: "")
-    line(
-        "of the rate of large matrix products, text through the layers",
-        lambda name: f"{100 * phases[name, 'observe']['of_matmul_rate']:.0f} %",
-        lambda _: "",
-    )
+    rates = {
+        "text through the layers": lambda name: phases[name, "observe"].get("of_matmul_rate"),
+        "text and fits": lambda name: runs[name].get("sweep_of_matmul_rate"),
+    }
+    for what, rate in rates.items():
+        if any(rate(name) for name in runs):
+            line(
+                f"of the rate of large matrix products, {what}",
+                lambda name, rate=rate: f"{100 * rate(name):.0f} %" if rate(name) else "",
+                lambda _: "",
+            )
     line(
         "device memory, GiB: most (predicted)",
         lambda name: (
@@ -417,6 +425,49 @@ def calibration() -> str:
         f"Preset `{one['preset']}`, {one['sequences']} × {one['seq_len']} random tokens, {one['dtype']}, "
         f"random weights: only time and memory mean something. Large matrix products reach "
         f"{one['matmul_tflops']:.0f} TFLOP/s. torch {content['versions']['torch']}, {content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
+def seconds(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['seconds']:.1f}"
+
+
+def calibration_cpu() -> str:
+    content, all_rows = rows("calibrate-cpu")
+    runs = {row["contestant"]: row for row in all_rows if row["phase"] == "total"}
+    phases = {(row["contestant"], row["phase"]): row for row in all_rows}
+    lines = [f"| seconds | {' | '.join(runs)} |", "| --- " * (1 + len(runs)) + "|"]
+
+    def line(title: str, cell: Callable[[str], str]) -> None:
+        lines.append(f"| {title} | {' | '.join(cell(name) for name in runs)} |")
+
+    for phase, title in (*PHASES.items(), ("rest", "rest")):
+        if any((name, phase) in phases for name in runs):
+            line(title, lambda name, phase=phase: seconds(phases.get((name, phase))))
+    line("in all", lambda name: seconds(runs[name]))
+    if any(run["waited_for_weights_seconds"] is not None for run in runs.values()):
+        line(
+            "waiting for weights",
+            lambda name: (
+                ""
+                if runs[name]["waited_for_weights_seconds"] is None
+                else f"{runs[name]['waited_for_weights_seconds']:.1f}"
+            ),
+        )
+    line(
+        "memory, GiB: most (predicted)",
+        lambda name: (
+            f"{runs[name]['peak_host_bytes'] / 2**30:.2f} "
+            f"({(runs[name]['predicted_device_bytes'] + runs[name]['predicted_host_bytes']) / 2**30:.2f})"
+        ),
+    )
+    one = next(iter(runs.values()))
+    lines += [
+        "",
+        f"Preset `{one['preset']}`, {one['sequences']} × {one['seq_len']} tokens of {one['data']}, "
+        f"{one['dtype']}, each in a process of its own. torch {content['versions']['torch']}, "
+        f"{content['device']}.",
     ]
     return "\n".join(lines)
 
@@ -445,6 +496,7 @@ TABLES = {
     "end_to_end": end_to_end,
     "memory": memory,
     "calibration": calibration,
+    "calibration_cpu": calibration_cpu,
     "calibration_precision": calibration_precision,
     "quality": quality,
     "speed": speed,

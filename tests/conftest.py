@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import calibrating
 import tiny_models
 
 
@@ -32,3 +33,10 @@ def codec():
 def codec8():
     """The same at 8 bits, which is close to exact."""
     return tiny_models.codec_for("llama", bits=8)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Where checkpoints of tiny models are, by kind."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return lambda kind="llama": calibrating.saved(kind, root)

@@ -2,19 +2,21 @@
 
 import dataclasses
 import gc
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from aquakv import calibrate, preset
-from aquakv.calibration.forecast import OFFLOADS, choose_waiting, fits, forecast
+from aquakv.calibration.forecast import OFFLOADS, choose_waiting, fits, forecast, ways_to_wait
 from aquakv.calibration.observe import Waiting
 from aquakv.calibration.workload import workload_of
 from aquakv.cli.main import main
 from aquakv.cli.progress_log import progress_log
-from aquakv.errors import ResourceError
+from aquakv.errors import ConfigError, ResourceError
 from aquakv.evaluation.bench import allocated
 from aquakv.evaluation.bench_calibrate import CalibrationBench, project, synthetic, write_synthetic
 from aquakv.evaluation.shapes import SHAPES, random_tokens
@@ -23,6 +25,7 @@ from aquakv.models.streaming import stream_directory
 from tiny_models import WINDOW, build, shared
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -59,8 +62,9 @@ def test_operations_are_those_of_the_matrices():
     assert "plan: observe" not in forecast(work_of(adapter, 8, 64, "paper"), Waiting(CPU, CPU)).flop
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", ["paper", "decode"])
-def test_peak_memory_is_what_was_predicted(name, small_shape, monkeypatch):
+def test_peak_memory_is_what_was_predicted(name, overlap, small_shape, monkeypatch):
     monkeypatch.setattr("aquakv.calibration.workload.MOST_OBSERVED_BYTES", 1)
     monkeypatch.setattr("aquakv.calibration.workload.MOST_NEEDED_BYTES", 1)
     adapter = synthetic(small_shape, None, torch.float32, CPU)
@@ -69,9 +73,13 @@ def test_peak_memory_is_what_was_predicted(name, small_shape, monkeypatch):
     calibrate(shared(), random_tokens(shared(), 8, 48), preset(name))  # tables are made on first use
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        calibrate(adapter, tokens, preset(name))
+        calibrate(adapter, tokens, preset(name), overlap=overlap)
     peak = max(level for _, level in allocated(profiler))
-    assert forecast(work, Waiting(CPU, CPU)).total("device") == pytest.approx(peak, rel=0.25)
+    found = forecast(work, Waiting(CPU, CPU, overlap=overlap))
+    # Two streams of a GPU cannot share what a batch takes in each; on a CPU only one of them has a batch.
+    batches = [item.size for item in found.items if item.what.startswith("a batch")]
+    apart = min(batches) if overlap else 0
+    assert found.total("device") - apart == pytest.approx(peak, rel=0.25)
 
 
 def test_what_does_not_fit_waits_on_the_host_or_is_refused(small_shape, monkeypatch):
@@ -93,6 +101,34 @@ def test_what_does_not_fit_waits_on_the_host_or_is_refused(small_shape, monkeypa
         choose_waiting(work, "none")
 
 
+def test_overlap_is_given_up_before_more_is_offloaded(small_shape, monkeypatch):
+    adapter = synthetic(small_shape, None, torch.float32, CPU)
+    work = work_of(adapter, 512, 256, "paper")
+    assert [way.overlap for way in ways_to_wait(work, "auto")] == [False]  # nothing to win on a CPU
+    work = dataclasses.replace(work, device=torch.device("cuda"))
+    ways = [(way.name, way.overlap) for way in ways_to_wait(work, "auto")]
+    assert ways == [(name, overlap) for name in OFFLOADS for overlap in (True, False)]
+    needs = [forecast(work, way).total("device") for way in ways_to_wait(work, "auto")]
+    vectors = 2 * work.vector_bytes
+    assert needs[0] - needs[1] > vectors  # and what both are doing at the moment
+    for (name, overlap), size in zip(ways, needs, strict=True):
+        monkeypatch.setattr("aquakv.calibration.forecast.free_bytes", lambda _, n=size: (n / 0.93, 1 << 40))
+        chosen = choose_waiting(work, "auto")
+        # The first that fits: less may do for one that comes later.
+        assert needs[ways.index((chosen.name, chosen.overlap))] <= size
+        assert ways.index((chosen.name, chosen.overlap)) <= ways.index((name, overlap))
+        assert choose_waiting(work, name, overlap)[2:] == (name, overlap)
+    monkeypatch.setattr("aquakv.calibration.forecast.free_bytes", lambda _: (needs[1] / 0.93, 1 << 40))
+    with pytest.raises(ResourceError, match="--no-overlap"):
+        choose_waiting(work, "none", True)
+    spread = dataclasses.replace(work, spread=True)
+    assert not any(way.overlap for way in ways_to_wait(spread, "auto"))
+    with pytest.raises(ConfigError, match="several"):
+        choose_waiting(spread, "auto", True)
+    planned = dataclasses.replace(work, observed_tokens=work.tokens)
+    assert not any(way.overlap for asked in (None, True) for way in ways_to_wait(planned, "auto", asked))
+
+
 def test_host_memory_counts_on_a_cpu():
     work = work_of(adapt(shared("llama")), 8, 64)
     found = forecast(work, Waiting(CPU, CPU))
@@ -103,7 +139,24 @@ def test_host_memory_counts_on_a_cpu():
 def test_a_part_of_the_model_tells_the_time_of_the_whole():
     layers = {(0, "observe"): 5.0, (1, "observe"): 2.0, (2, "observe"): 4.0, (0, "plan: harm"): 6.0}
     found = project({"phases": {"observe": 11.0, "plan: harm": 6.0}, "layers": layers}, 18.0, 3, 12)
-    assert found == {"observe": 5 + 11 * 3.0, "plan: harm": 6 * 12 * 13 / (3 * 4), "rest": 1.0}
+    assert found == {"observe": 5 + 4 + 10 * 2.0, "plan: harm": 6 * 12 * 13 / (3 * 4), "rest": 1.0}
+    found = project({"phases": {"observe": 7.0}, "layers": {**layers, (1, "observe"): 3.0}}, 7.5, 2, 12)
+    assert found == {"observe": 5 + 11 * 3.0, "rest": 0.5}  # the second stands for all others
+
+
+def test_side_by_side_the_last_fit_counts_once():
+    """Every layer's fit but the last one's goes on beside observing; what is observed alone is the rest."""
+    layers = {(n, "observe"): 7.0 if n == 0 else 5.0 for n in range(4)}
+    layers.update({(n, "fit, beside observing"): 3.0 for n in range(3)})
+    layers[3, "fit"] = 1.5
+    phases = {"observe": 22.0, "fit, beside observing": 9.0, "fit": 1.5}
+    found = project({"phases": phases, "layers": layers}, sum(phases.values()), 4, 80)
+    assert found == {
+        "observe": 7 + 79 * 5.0,
+        "fit, beside observing": 79 * 3.0,
+        "fit": 1.5,
+        "rest": 0.0,
+    }
 
 
 def test_benchmark_from_disk_and_on_the_fly(small_shape, tmp_path):
@@ -130,6 +183,39 @@ def test_benchmark_from_disk_and_on_the_fly(small_shape, tmp_path):
         assert total["peak_host_bytes"] > 0
 
 
+def test_tables_of_calibrations_side_by_side_and_not(small_shape, tmp_path, monkeypatch):
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_OBSERVED_BYTES", 1)
+    monkeypatch.setattr("aquakv.calibration.workload.MOST_NEEDED_BYTES", 1)
+    adapter = synthetic(small_shape, 3, torch.bfloat16, CPU)
+    tokens, rows = random_tokens(adapter.model, 6, 128), []
+    for overlap in (False, True):
+        bench = CalibrationBench(
+            f"overlap {overlap}", small_shape, adapter, tokens, preset("decode"), 2, "auto", 9, overlap
+        )
+        found = bench.run()
+        phases = {row["phase"]: row for row in found}
+        assert ("fit, beside observing" in phases) == overlap == phases["total"]["overlap"]
+        assert ("of_matmul_rate" in phases["observe"]) != overlap
+        assert phases["total"]["sweep_of_matmul_rate"] > 0
+        assert phases["total"]["projected_total_seconds"] > phases["total"]["seconds"]
+        rows += found
+    for row in rows:
+        row["peak_device_bytes"] = 1 << 30  # as a GPU says
+    result = {"versions": {"torch": "2"}, "device": "it", "rows": rows}
+    for name in ("calibrate-h200", "calibrate-cpu"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "scripts" / "make_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    tables.RESULTS = tmp_path
+    for table in (tables.calibration(), tables.calibration_cpu()):
+        lines = table.split("\n\n")[0].splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        for title in (tables.PHASES["fit, beside observing"], "in all"):
+            assert any(line.startswith(f"| {title} |") for line in lines)
+    assert "text and fits" in tables.calibration()
+
+
 def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     build().save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit) as done:
@@ -137,6 +223,13 @@ def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert done.value.code == 0
     for text in ("weights", "hidden states", "fit", "in all", "loaded as a whole"):
+        assert text in said
+    assert "next one" not in said
+    options = ["--dry-run", "--overlap", "--preset", "paper", "--seq-len", "64"]
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(tmp_path / "model"), *options])
+    said = capsys.readouterr().out
+    for text in ("keys and values of two layers", "in all, at most", "while the next one is observed"):
         assert text in said
     with pytest.raises(SystemExit) as done:
         main(["calibrate", str(tmp_path / "model"), "--dry-run", "--samples", "100000000", "--seq-len", "64"])
@@ -148,6 +241,17 @@ def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         main(["calibrate", str(tmp_path / "model"), "--seq-len", "64"])
     assert done.value.code == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_log_tells_apart_what_goes_on_side_by_side(tmp_path):
+    config = dataclasses.replace(preset("paper"), window=WINDOW)
+    with progress_log(tmp_path / "log") as report:
+        tokens = random_tokens(shared(), 8, 48)
+        calibrate(shared(), tokens, config, batch_size=2, overlap=True, progress=report)
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    found = [(line["layer"], line["phase"], line["batches"]) for line in lines]
+    assert sorted(found) == sorted((n, *of) for n in range(3) for of in (("observe", 4), ("fit", 8)))
+    assert lines[-1]["done"] == lines[-1]["total"]
 
 
 def test_log_has_a_line_for_every_layer_and_phase(tmp_path):

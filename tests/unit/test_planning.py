@@ -535,17 +535,17 @@ def test_little_memory_means_two_walks(name, observed, monkeypatch):
     seen = []
     whole = calibrate(shared(), TOKENS, config(name), progress=seen.append)
     assert seen[-1].done == seen[-1].total == len(seen)
-    walks, steps = [], Observer.steps
+    walks, batches = [], Observer._batches
     # Keys and values of three layers, 32 floats each, for 64 tokens; but never fewer than two sequences.
     sequence = 2 * 3 * 32 * 4 * 64
     monkeypatch.setattr(workload_module, "MOST_OBSERVED_BYTES", observed * sequence if observed > 2 else 1)
     monkeypatch.setattr(workload_module, "MOST_NEEDED_BYTES", 1)
     monkeypatch.setattr(
-        Observer, "steps", lambda self, walk, *a: walks.append(walk.sequences) or steps(self, walk, *a)
+        Observer, "_batches", lambda self, walk, *a: walks.append(walk.sequences) or batches(self, walk, *a)
     )
     few = []
     codec = calibrate(shared(), TOKENS, config(name), progress=few.append)
-    assert sorted(walks) == [observed, 16]
+    assert walks == 3 * [observed] + 3 * [16]  # through three layers each
     assert few[-1].done == few[-1].total == len(few)
     assert codec.calibration["tokens"] == TOKENS.numel()
     # The fit itself saw all sequences, only the plan did not.

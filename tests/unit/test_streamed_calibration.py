@@ -1,12 +1,9 @@
 """Layers that come and go, interruptions, several processes: the codec is that of an ordinary run."""
 
-import dataclasses
-import functools
 import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,45 +12,25 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from aquakv import calibrate, calibrate_many, preset
+import calibrating
+from aquakv import calibrate, calibrate_many
 from aquakv.calibration import RunStore
-from aquakv.codec import ModelCodec
 from aquakv.errors import CheckpointError, ConfigError, DataError, ModelError, UnsupportedModelError
 from aquakv.models.streaming import stream_directory
 from aquakv.models.weights import StreamedWeights
-from tiny_models import WINDOW, build, random_tokens, same_bits
+from calibrating import (
+    TOKENS,
+    Killed,
+    assert_codec_of_one_process,
+    config,
+    killer,
+    same_codec,
+    streamed,
+    together,
+)
+from tiny_models import build, random_tokens
 
 CPU = torch.device("cpu")
-TOKENS = random_tokens(12, 48, seed=1)
-
-
-def config(name):
-    return dataclasses.replace(preset(name), window=WINDOW)
-
-
-@functools.cache
-def saved(kind, tmp_root):
-    """Write a tiny model as a checkpoint of many small files."""
-    directory = tmp_root / kind
-    build(kind).save_pretrained(directory, max_shard_size="20KB")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoints")
-    return lambda kind="llama": saved(kind, root)
-
-
-def streamed(directory):
-    return stream_directory(directory, AutoConfig.from_pretrained(directory), "auto", CPU)
-
-
-def same_codec(a, b):
-    mine, theirs = a.content()[1], b.content()[1]
-    return mine.keys() == theirs.keys() and same_bits(
-        [mine[name] for name in sorted(mine)], [theirs[name] for name in sorted(theirs)]
-    )
 
 
 # --- layers that come and go ------------------------------------------------------------------------------
@@ -132,18 +109,6 @@ def test_tensors_that_make_several_are_refused(checkpoint, monkeypatch):
 # --- interruptions ----------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
-def _killer(when):
-    def report(state):
-        if state.done == when:
-            raise Killed
-
-    return report
-
-
 @pytest.mark.parametrize("snapshots", [True, False])
 @pytest.mark.parametrize("names", [("paper",), ("storage", "decode")])
 def test_going_on_gives_the_same_codec(names, snapshots, tmp_path, monkeypatch, checkpoint):
@@ -159,7 +124,7 @@ def test_going_on_gives_the_same_codec(names, snapshots, tmp_path, monkeypatch, 
     for when in {total // 9, fits[1], fits[-1] - 2, fits[-4 * len(names)] - 3}:
         directory = tmp_path / str(when)
         with pytest.raises(Killed):
-            calibrate_many(model, TOKENS, configs, progress=_killer(when), store=RunStore(directory))
+            calibrate_many(model, TOKENS, configs, progress=killer(when), store=RunStore(directory))
         store, again = RunStore(directory, resume=True), []
         codecs = calibrate_many(streamed(checkpoint()), TOKENS, configs, progress=again.append, store=store)
         for name in names:
@@ -186,8 +151,8 @@ def test_kill_minus_nine(tmp_path, checkpoint):
         f"""
         import os, signal, sys
         from pathlib import Path
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_streamed_calibration as tests
+        sys.path.insert(0, {os.path.dirname(calibrating.__file__)!r})
+        import calibrating as tests
         from aquakv import calibrate
         from aquakv.calibration import RunStore
         def report(state):
@@ -211,7 +176,7 @@ def test_kill_minus_nine(tmp_path, checkpoint):
 def test_what_another_run_left_is_not_taken_for_ones_own(tmp_path, checkpoint):
     model, store = streamed(checkpoint()), RunStore(tmp_path / "run")
     with pytest.raises(Killed):
-        calibrate(model, TOKENS, config("paper"), progress=_killer(12), store=store)
+        calibrate(model, TOKENS, config("paper"), progress=killer(12), store=store)
     with pytest.raises(CheckpointError, match="--resume"):
         calibrate(model, TOKENS, config("paper"), store=RunStore(tmp_path / "run"))
     again = RunStore(tmp_path / "run", resume=True)
@@ -233,45 +198,19 @@ def test_what_another_run_left_is_not_taken_for_ones_own(tmp_path, checkpoint):
 
 # --- several processes ------------------------------------------------------------------------------------
 
-_WORKER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch.distributed as dist
-import test_streamed_calibration as tests
-from aquakv import calibrate
-dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank={rank}, world_size=2)
-for name in ("paper", "decode"):
-    codec = calibrate(tests.streamed(Path({model!r})), tests.TOKENS, tests.config(name), batch_size=2)
-    codec.save(Path({out!r}) / f"{{name}}-{rank}")
-dist.destroy_process_group()
-"""
-
 
 def test_two_processes_give_the_codec_of_one(tmp_path, checkpoint):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    settings = {"tests": os.path.dirname(__file__), "port": port, "model": str(checkpoint())}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER.format(rank=rank, out=str(tmp_path), **settings)], env=environment
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    for name in ("paper", "decode"):
-        one = calibrate(streamed(checkpoint()), TOKENS, config(name), batch_size=2)
-        first, second = (ModelCodec.load(tmp_path / f"{name}-{rank}") for rank in range(2))
-        assert same_codec(first, second)
-        mine, theirs = one.content()[1], first.content()[1]
-        assert mine.keys() == theirs.keys()
-        # Sums of float64 in another order; what follows is rounded to float32 and bfloat16.
-        for key, tensor in mine.items():
-            torch.testing.assert_close(theirs[key].double(), tensor.double(), rtol=2**-8, atol=1e-4)
-        for a, b in zip(one.calibration["layers"], first.calibration["layers"], strict=True):
-            assert a["keys"] == pytest.approx(b["keys"], rel=1e-3, abs=1e-6)
+    found = together(checkpoint(), tmp_path, ["paper", "decode"])
+    for (name, _), codecs in found.items():
+        assert_codec_of_one_process(codecs, name, checkpoint())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_give_the_codec_of_one(tmp_path, checkpoint):
+    found = together(checkpoint(), tmp_path, ["paper", "decode"], "cuda", overlaps=(False, True))
+    for (name, _), codecs in found.items():
+        assert_codec_of_one_process(codecs, name, checkpoint(), torch.device("cuda"))
 
 
 def test_more_processes_than_batches_are_refused(monkeypatch, checkpoint):
@@ -302,6 +241,17 @@ def test_weights_prefetched_but_not_wanted_do_no_harm(checkpoint):
     assert all(p.device.type == "meta" for p in weights.model.parameters())
 
 
+def test_every_layer_is_read_once(checkpoint, monkeypatch):
+    adapter, read = streamed(checkpoint()), []
+    own = adapter.weights._materialise
+    monkeypatch.setattr(
+        adapter.weights, "_materialise", lambda names, reader: (read.append(names[0]), own(names, reader))
+    )
+    calibrate(adapter, TOKENS, config("paper"))
+    layers = [name for name in read if ".layers." in name]
+    assert len(layers) == len(set(layers)) == len(adapter.layers)
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------
 
 
@@ -321,9 +271,9 @@ def test_a_gpu_gives_the_same_codec_wherever_batches_wait(name, checkpoint, tmp_
         adapter = stream_directory(directory, settings, "auto", cuda)
         assert same_codec(calibrate(adapter, TOKENS, config(name), offload=offload), whole)
         path = tmp_path / offload
-        killer, store = _killer(seen[-1].total - 4), RunStore(path)
+        kill, store = killer(seen[-1].total - 4), RunStore(path)
         with pytest.raises(Killed):
-            calibrate(adapter, TOKENS, config(name), offload=offload, progress=killer, store=store)
+            calibrate(adapter, TOKENS, config(name), offload=offload, progress=kill, store=store)
         adapter = stream_directory(directory, settings, "auto", cuda)
         again = calibrate(adapter, TOKENS, config(name), offload=offload, store=RunStore(path, resume=True))
         assert same_codec(again, whole)

@@ -79,6 +79,8 @@ class CodecFit:
         Sequences, and tokens of each, on which errors are kept for `measure_harm`; (0, 0) for none.
     group
         The processes that fit it together.
+    meanwhile
+        Called where the host has waited or is about to: between batches, and behind solves.
     layers, record
         The finished layers, and their held-out figures.
     probe_errors
@@ -95,6 +97,7 @@ class CodecFit:
     plan: Plan = field(default_factory=Plan)
     probe: tuple[int, int] = (0, 0)
     group: Group = field(default_factory=Group)
+    meanwhile: Callable[[], None] = lambda: None
     probe_errors: list[ProbeErrors] = field(default_factory=list)
     layers: list[LayerCodec] = field(default_factory=list)
     record: list[dict[str, Any]] = field(default_factory=list)
@@ -112,9 +115,12 @@ class CodecFit:
         if self.config.quantizer.kind == "entropy":
             self._model = (self.plan.model or first_model(self.config.quantizer)).to(self.device)
 
-    def begin(self, plan: Plan, on_batch: Callable[[], None]) -> None:
+    def begin(
+        self, plan: Plan, on_batch: Callable[[], None], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Take the water level that was found since this was made, and whom to tell of progress."""
         self.plan, self.on_batch = plan, on_batch
+        self.meanwhile = self.inputs.meanwhile = meanwhile
         if self._model is not None and plan.model is not None:
             self._model = plan.model.to(self.device)
 
@@ -284,6 +290,7 @@ class CodecFit:
     ) -> tuple[TensorCodec, Batches, dict[str, float]]:
         moments = self.inputs.regression(names, targets)
         predictor = self._predictor(moments, kind, metric) if names else None
+        self.meanwhile()
         mean = moments.mean_y.float()
         offset = torch.zeros_like(mean) if self.config.predictor.kind == "none" else mean
         if self.config.transform.kind == "klt":
@@ -303,14 +310,17 @@ class CodecFit:
         codec = codec.to(self.device)
         if self.config.guard.threshold is not None:
             assert metric is not None
+            self.meanwhile()
             nothing = torch.ones(1, device=self.device)
             codec = replace(codec, guard=OutlierGuard(metric.roots().float().to(self.device), nothing))
+        self.meanwhile()
         sweep = Sweep()
         reconstructions: Batches = []
         for number in range(len(targets)):
             sources = self._sources(names, number)
             reconstructions.append(self._encode_batch(codec, targets, number, sources, mean, sweep))
             self.on_batch()
+            self.meanwhile()
         sweep.share(self.group)
         codec = self._completed(codec, sweep)
         return codec, reconstructions, sweep.figures()

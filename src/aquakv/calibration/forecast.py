@@ -69,25 +69,26 @@ def forecast(work: Workload, waiting: Waiting) -> Forecast:
         + 16 * work.seq_len * work.query_features
     )
     encode = 4 * work.batch_tokens * (_ENCODE_COPIES * work.features + work.inputs)
+    layers = "two layers" if waiting.overlap else "a layer"
     sweep = [
         weights,
         Item("hidden states", hidden_at, work.hidden_bytes),
-        Item("keys and values of a layer", vectors_at, 2 * work.vector_bytes),
+        Item(f"keys and values of {layers}", vectors_at, (4 if waiting.overlap else 2) * work.vector_bytes),
         Item("reconstructions of earlier layers", vectors_at, work.history * work.vector_bytes),
     ]
-    fullest = max(
-        [*sweep, Item("a batch in a layer", "device", forward)],
-        [
-            *sweep,
-            Item("reconstructions of the layer", vectors_at, work.current * work.vector_bytes),
-            Item("a batch being coded", "device", encode),
-        ],
-        key=_on_device,
-    )
+    walking = [Item("a batch in a layer", "device", forward)]
+    coding = [
+        Item("reconstructions of the layer", vectors_at, work.current * work.vector_bytes),
+        Item("a batch being coded", "device", encode),
+    ]
+    if waiting.overlap:  # of two streams, neither of which uses memory that the other has freed
+        fullest = [*sweep, *walking, *coding]
+    else:
+        fullest = max([*sweep, *walking], [*sweep, *coding], key=_on_device)
     planning: list[Item] = []
     if work.observed:
         tokens = work.observed_tokens
-        variants = 2 * work.compressed * work.probes * PROBE_TOKENS
+        variants = -(-2 * work.compressed // work.processes) * work.probes * PROBE_TOKENS
         planning = [
             weights,
             Item("observed hidden states", hidden_at, tokens * work.hidden_size * work.itemsize),
@@ -121,28 +122,43 @@ def forecast(work: Workload, waiting: Waiting) -> Forecast:
     )
 
 
-def choose_waiting(work: Workload, offload: str) -> Waiting:
+def choose_waiting(work: Workload, offload: str, overlap: bool | None = None) -> Waiting:
     """Return where batches wait, and see that there is room.
+
+    Parameters
+    ----------
+    work
+        The calibration.
+    offload, overlap
+        As for `calibrate_many`.
 
     Raises
     ------
     ConfigError
-        ``offload`` is not known.
+        ``offload`` is not known, or layers on several devices are to overlap.
     ResourceError
         There is too little memory.
     """
-    tried = ways_to_wait(work, offload)
+    tried = ways_to_wait(work, offload, overlap)
     device_bytes, host_bytes = free_bytes(work.device)
     for waiting in tried:
         if fits(forecast(work, waiting), device_bytes, host_bytes):
             return waiting
-    return _refuse(forecast(work, tried[-1]), tried[-1].name, device_bytes, host_bytes)
+    return _refuse(forecast(work, tried[-1]), tried[-1], device_bytes, host_bytes)
 
 
-def ways_to_wait(work: Workload, offload: str) -> list[Waiting]:
-    """Return where batches may wait, the fastest first; raises `ConfigError` as `choose_waiting` does."""
+def ways_to_wait(work: Workload, offload: str, overlap: bool | None = None) -> list[Waiting]:
+    """Return where batches may wait, the fastest first; raises `ConfigError` as `choose_waiting` does.
+
+    Fits side by side with observing are given up before more is offloaded: what they save are pauses, while
+    what is offloaded has to cross the bus twice at every layer.
+    """
     if offload not in ("auto", *OFFLOADS):
         raise ConfigError(f"offload: expected auto, {', '.join(OFFLOADS)}, got {offload!r}")
+    if overlap and work.spread:
+        raise ConfigError(
+            "overlap: expected a model on one device, got layers on several; leave overlap to be chosen"
+        )
     cpu = torch.device("cpu")
     ways = {
         "none": Waiting(work.device, work.device, "none"),
@@ -151,7 +167,14 @@ def ways_to_wait(work: Workload, offload: str) -> list[Waiting]:
     }
     if work.device.type == "cpu":
         offload = "none"
-    return list(ways.values()) if offload == "auto" else [ways[offload]]
+    chosen = list(ways.values()) if offload == "auto" else [ways[offload]]
+    if work.processes == 1 and work.observed_tokens >= work.tokens:
+        return chosen  # planned with all text: nothing is left to observe
+    if overlap is not None:
+        return [way._replace(overlap=overlap) for way in chosen]
+    if work.device.type == "cpu" or work.spread:
+        return chosen
+    return [way._replace(overlap=beside) for way in chosen for beside in (True, False)]
 
 
 def fits(found: Forecast, device_bytes: int | None, host_bytes: int) -> bool:
@@ -170,12 +193,14 @@ def free_bytes(device: torch.device) -> tuple[int | None, int]:
     return on_device, _free_host()
 
 
-def _refuse(found: Forecast, offload: str, device_bytes: int | None, host_bytes: int) -> Waiting:
+def _refuse(found: Forecast, waiting: Waiting, device_bytes: int | None, host_bytes: int) -> Waiting:
     where = "host" if device_bytes is None or found.total("device") <= _USABLE * device_bytes else "device"
     wanted = found.total(where) + (found.total("device") if device_bytes is None else 0)
     have = device_bytes if where == "device" and device_bytes is not None else host_bytes
     advice = "use fewer --samples, a shorter --seq-len or a smaller --batch-size"
-    if where == "device" and offload != "all":
+    if waiting.overlap:
+        advice += ", or --no-overlap"
+    if where == "device" and waiting.name != "all":
         advice += ", or --offload all"
     raise ResourceError(
         f"expected at most {_gib(_USABLE * have)} of {where} memory, the calibration would take "
@@ -216,7 +241,8 @@ def _operations(work: Workload) -> dict[str, float]:
     """Return floating-point operations by phase."""
     attention = 2.0 * work.seq_len * work.query_features * work.layers  # causal: half of all pairs
     token = work.layer_flop + attention
-    variants = work.compressed * (work.layers + 1) * work.probes * PROBE_TOKENS  # layers times variants
+    # Layers times variants: each goes through the layers behind its own.
+    variants = work.compressed * (work.layers + 1) * work.probes * PROBE_TOKENS / work.processes
     trial_tokens = min(work.trial * work.batch_tokens, work.observed_tokens)
     fit = (work.moment_flop + work.encode_flop) * work.compressed
     found = {

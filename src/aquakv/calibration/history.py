@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,8 @@ class InputMoments:
         The processes whose batches count together.
     scatter
         Centred products ``[width, width]`` float64 of every two sources, by both names.
+    meanwhile
+        Called between batches.
     """
 
     fitted: Sequence[int]
@@ -46,6 +48,7 @@ class InputMoments:
     group: Group = field(default_factory=Group)
     sources: dict[str, Source] = field(default_factory=dict)
     scatter: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    meanwhile: Callable[[], None] = lambda: None
 
     def rows(self, batches: Batches, number: int) -> Tensor:
         """Return a batch's fitted rows ``[rows, width]`` in float32 on the device."""
@@ -59,6 +62,7 @@ class InputMoments:
             rows = self.rows(batches, number)
             total += rows.sum(0, dtype=torch.float64)
             count += len(rows)
+            self.meanwhile()
         total = self.group.add(total)
         count = int(self.group.add_numbers(count)[0])
         return total / max(count, 1), count
@@ -128,20 +132,21 @@ class InputMoments:
                     residual = rows - predicted
                     with tensor_core_products():
                         total += (residual.T @ residual).double()
+            self.meanwhile()
         return self.group.add(total) / max(count, 1)
 
     def _products(self, first: Source, others: Sequence[Source]) -> list[Tensor]:
         """Return the centred ``firstᵀ other`` of every other source, float64."""
         widths = [len(other.mean) for other in others]
         total = torch.zeros(len(first.mean), sum(widths), dtype=torch.float64, device=self.device)
-        with tensor_core_products():
-            for number, fitted in enumerate(self.fitted):
-                if not fitted:
-                    continue
+        for number, fitted in enumerate(self.fitted):
+            if fitted:
                 rows = self._centred(first, number)
                 partners = [rows if other is first else self._centred(other, number) for other in others]
-                for parts in zip(*(t.split(_CHUNK_ROWS) for t in (rows, *partners)), strict=True):
-                    total += (parts[0].T @ torch.cat(parts[1:], 1)).double()
+                with tensor_core_products():  # what is done meanwhile has its own precision
+                    for parts in zip(*(t.split(_CHUNK_ROWS) for t in (rows, *partners)), strict=True):
+                        total += (parts[0].T @ torch.cat(parts[1:], 1)).double()
+            self.meanwhile()
         return list(self.group.add(total).split(widths, 1))
 
     def _centred(self, source: Source, number: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -64,11 +65,14 @@ class Waiting(NamedTuple):
         That of a layer's keys, values and reconstructions.
     name
         What this is called as ``offload`` of `calibrate_many`.
+    overlap
+        Whether a layer is fitted while the next one is observed, whose keys and values wait too.
     """
 
     hidden: torch.device
     vectors: torch.device
     name: str = "none"
+    overlap: bool = False
 
     @classmethod
     def on(cls, device: torch.device | str) -> Waiting:
@@ -122,21 +126,38 @@ class Observer:
         """
         weights = self.weights if weights is None else weights
         for layer_idx in range(start, end):
-            self.on_layer(layer_idx)
-            with self.adapter.weights.holding(layer_idx, then=layer_idx + 1 if layer_idx + 1 < end else None):
-                if (
-                    self.adapter.weights.identities is not None
-                    and layer_idx in self.adapter.compressed_layers
-                ):
-                    self.adapter.layer_identity(layer_idx)  # while it is here
+            with self._at_hand(layer_idx, layer_idx + 1 if layer_idx + 1 < end else None):
                 # No name for the observation here: it would keep one layer's keys and values too long.
-                yield layer_idx, self._observe(walk, layer_idx, weights)
+                yield layer_idx, _result(self._batches(walk, layer_idx, weights))
 
-    def _observe(self, walk: LayerWalk, layer_idx: int, weights: bool) -> LayerObservation | None:
+    def layer(
+        self, walk: LayerWalk, layer_idx: int, then: int | None
+    ) -> Generator[None, None, LayerObservation | None]:
+        """Walk one layer, yielding behind every batch; its weights are let go of at the end.
+
+        ``then`` is the layer that will be wanted next. Returns what is observed, None if the layer is not
+        compressed. Processes talk to each other behind the last batch only.
+        """
+        with self._at_hand(layer_idx, then):
+            return (yield from self._batches(walk, layer_idx, self.weights))
+
+    @contextmanager
+    def _at_hand(self, layer_idx: int, then: int | None) -> Iterator[None]:
+        """Have a layer's weights, and note what they are."""
+        self.on_layer(layer_idx)
+        weights = self.adapter.weights
+        with weights.holding(layer_idx, then=then):
+            if weights.identities is not None and layer_idx in self.adapter.compressed_layers:
+                self.adapter.layer_identity(layer_idx)  # while it is here
+            yield
+
+    def _batches(
+        self, walk: LayerWalk, layer_idx: int, weights: bool
+    ) -> Generator[None, None, LayerObservation | None]:
         adapter = self.adapter
         if layer_idx not in adapter.compressed_layers:
             for _ in walk.advance(layer_idx, self.on_batch):
-                pass
+                yield
             return None
         device = adapter.layer_device(layer_idx)
         moments = QueryMoments.empty(adapter, device)
@@ -144,9 +165,12 @@ class Observer:
         keys: Batches = []
         values: Batches = []
         on_queries = partial(moments.add, tables=tables) if weights else None
-        for key_batch, value_batch in walk.advance(layer_idx, self.on_batch, on_queries):
-            keys.append(lay(key_batch, self.waiting.vectors))
-            values.append(lay(value_batch, self.waiting.vectors))
+        for vectors in walk.advance(layer_idx, self.on_batch, on_queries):
+            assert vectors is not None  # the layer is compressed
+            keys.append(lay(vectors[0], self.waiting.vectors))
+            values.append(lay(vectors[1], self.waiting.vectors))
+            del vectors
+            yield
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # whoever reads them on the CPU finds them there
         if not weights:
@@ -155,3 +179,12 @@ class Observer:
         felt = key_weight(adapter, layer_idx, moments, walk.seq_len), value_weight(adapter, layer_idx)
         # What is fitted to them is fitted in one place.
         return LayerObservation(layer_idx, keys, values, *(weight.to(adapter.device) for weight in felt))
+
+
+def _result(steps: Generator[None, None, LayerObservation | None]) -> LayerObservation | None:
+    """Go through all steps and return what they come to."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value

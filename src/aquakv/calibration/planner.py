@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from aquakv.calibration.fit import CodecFit
+from aquakv.calibration.group import Group
 from aquakv.calibration.observe import LayerObservation
 from aquakv.calibration.plan import Plan
 from aquakv.calibration.progress import Phase, Ticker
@@ -48,6 +49,8 @@ class Planner:
         Sequences of each observed batch.
     ticker
         Told of every batch of every sweep.
+    group
+        The processes that plan the same: each sends a part of the errors through the layers.
     observations
         Of every compressed layer, all observed batches; see `observe`.
     """
@@ -59,6 +62,7 @@ class Planner:
     held_out: int
     batch_sizes: Sequence[int]
     ticker: Ticker | None = None
+    group: Group = field(default_factory=Group)
     observations: list[LayerObservation] = field(default_factory=list)
     _measured: tuple[CodecFit, HarmWalk] | None = None
 
@@ -80,7 +84,8 @@ class Planner:
             count = min(MOST_PROBES, 1 + self.tokens.numel() // TOKENS_PER_PROBE)
             probe_tokens = self.tokens[:count, :PROBE_TOKENS]
             probe = (len(probe_tokens), probe_tokens.shape[1] - config.window.sink_tokens)
-            self._measured = self._fit(config, Plan(), probe), HarmWalk(self.adapter, probe_tokens)
+            walk = HarmWalk(self.adapter, probe_tokens, self.group)
+            self._measured = self._fit(config, Plan(), probe), walk
         for layer_idx, observation in steps:
             if observation is not None:
                 self.observations.append(observation)

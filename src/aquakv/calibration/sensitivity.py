@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aquakv.calibration.group import Group
 from aquakv.calibration.walk import LayerWalk
 from aquakv.models.adapter import ModelAdapter
 from aquakv.models.rotary import rotate
@@ -67,14 +68,18 @@ class HarmWalk:
     tokens
         ``[sequences, seq_len]`` int64. Tokens of the first half get errors; the divergence from the exact run
         is measured on the second half.
+    group
+        Processes that all do this with the same errors: each takes every n-th through the layers.
     """
 
-    def __init__(self, adapter: ModelAdapter, tokens: Tensor) -> None:
+    def __init__(self, adapter: ModelAdapter, tokens: Tensor, group: Group | None = None) -> None:
         self.adapter = adapter
+        self.group = Group() if group is None else group
         self.sequences, self.seq_len = tokens.shape
         self._walk = LayerWalk(adapter, tokens, self.sequences, adapter.device)
         self._exact = self._walk.hidden[0]
         self._variants = self._exact[:0]
+        self._errors = 0
         self._powers: list[dict[str, float]] = []
 
     @staticmethod
@@ -99,6 +104,9 @@ class HarmWalk:
         if errors is not None:
             name = cache_argument(layer)
             for kind, error in errors.errors.items():
+                self._errors += 1
+                if not self._is_own(self._errors - 1):
+                    continue
                 placed = _place(self.adapter, layer_idx, kind, error, self.seq_len)
                 parts.append(run(self._exact, **{name: _Disturbed(kind, placed)}, use_cache=True))
             self._powers.append(errors.relative_power)
@@ -116,7 +124,7 @@ class HarmWalk:
         return [{kind: next(values) for kind in layer} for layer in self._powers]
 
     def _divergences(self) -> Tensor:
-        """Return each variant's mean divergence from the exact run."""
+        """Return the mean divergence from the exact run that each error makes, those of all processes."""
         norm: Any = self.adapter.decoder.norm
         head: Any = self.adapter.model.get_output_embeddings()
 
@@ -126,13 +134,18 @@ class HarmWalk:
             with self.adapter.part(head):
                 return head(hidden)
 
-        found = torch.zeros(len(self._variants) // self.sequences, dtype=torch.float64)
+        found = torch.zeros(self._errors, dtype=torch.float64)
+        own = [number for number in range(self._errors) if self._is_own(number)]
         for row in range(self.sequences):
             p = logits(self._exact[row : row + 1])
-            for number in range(len(found)):
-                variant = number * self.sequences + row
+            for place, number in enumerate(own):
+                variant = place * self.sequences + row
                 found[number] += _divergence(p, logits(self._variants[variant : variant + 1]))
-        return found
+        return self.group.add(found)
+
+    def _is_own(self, number: int) -> bool:
+        """Tell whether this process takes an error through the layers."""
+        return number % self.group.size == self.group.rank
 
 
 def measure_harm(

@@ -172,15 +172,18 @@ class RunStore:
                     if other != name:
                         fit.inputs.scatter[other, name] = product.T
 
-    def save_activations(self, walk: LayerWalk, fits: Sequence[CodecFit], layer_idx: int) -> None:
-        """Keep hidden states and reconstructions behind a layer, if it is time and there is room for them."""
+    def is_due(self, walk: LayerWalk, fits: Sequence[CodecFit]) -> bool:
+        """Tell whether it is time to keep hidden states and reconstructions, and there is room for them."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in walk.hidden)
         size += sum(t.numel() * t.element_size() for fit in fits for b in fit.hats.values() for t in b)
         last, took = self._saved
         due = time.monotonic() - last > _PATIENCE * (took or size / _FIRST_GUESS)
+        _make(self.directory)
         room = size < 0.5 * shutil.disk_usage(self.directory).free
-        if not self.group.first(float(due and room)):
-            return
+        return bool(self.group.first(float(due and room)))
+
+    def save_activations(self, walk: LayerWalk, fits: Sequence[CodecFit], layer_idx: int) -> None:
+        """Keep hidden states and reconstructions behind a layer."""
         started = time.monotonic()
         target = self._activations(len(fits[0].layers) - 1)
         shutil.rmtree(target, ignore_errors=True)

@@ -131,14 +131,14 @@ class LayerWalk:
 
     def advance(
         self, layer_idx: int, on_batch: Callable[[], None], on_queries: QueryObserver | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Tensor] | None]:
         """Run one layer, whose weights are at hand, over all sequences.
 
         ``on_queries`` receives every batch's queries after rotary embedding, ``[sequences,
         num_attention_heads, seq_len, head_dim]``.
 
         Yields, for every batch of a layer that is compressed, keys before rotary embedding and values, each
-        ``[sequences, seq_len, num_kv_heads * head_dim]`` in the model's dtype; nothing for other layers.
+        ``[sequences, seq_len, num_kv_heads * head_dim]`` in the model's dtype; None for each of others.
         """
         layer = self.adapter.layers[layer_idx]
         compressed = layer_idx in self.adapter.compressed_layers
@@ -161,6 +161,7 @@ class LayerWalk:
                 pass
             on_batch()
             if not compressed:
+                yield None
                 continue
             if capture.keys is None or capture.values is None:
                 raise UnsupportedModelError(

@@ -64,6 +64,10 @@ class Workload:
         Configurations that are planned.
     vocabulary
         Tokens that the head knows.
+    processes
+        How many share the text.
+    spread
+        Whether layers are on several devices.
     """
 
     device: torch.device
@@ -94,6 +98,8 @@ class Workload:
     probes: int
     adaptive: int
     vocabulary: int
+    processes: int = 1
+    spread: bool = False
 
     @property
     def hidden_bytes(self) -> int:
@@ -165,6 +171,8 @@ def workload_of(
         probes=min(MOST_PROBES, 1 + sequences * seq_len // TOKENS_PER_PROBE) if probing else 0,
         adaptive=sum(one.allocation.kind == "water-filling" for one in configs.values()),
         vocabulary=config.vocab_size,
+        processes=processes,
+        spread=len({adapter.device, *(adapter.layer_device(index) for index in range(len(layers)))}) > 1,
     )
 
 

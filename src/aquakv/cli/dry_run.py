@@ -35,6 +35,7 @@ def show_plan(
     batch_size: int,
     stream: bool | None,
     offload: str,
+    overlap: bool | None,
     dtype: options.Dtype,
     device: str,
 ) -> None:
@@ -53,16 +54,17 @@ def show_plan(
     )
     refused: ResourceError | None = None
     try:
-        waiting = choose_waiting(work, offload)
+        waiting = choose_waiting(work, offload, overlap)
     except ResourceError as error:  # said after the plan that shows why
-        waiting, refused = ways_to_wait(work, offload)[-1], error
+        waiting, refused = ways_to_wait(work, offload, overlap)[-1], error
     found = forecast(work, waiting)
     console = Console(width=100, soft_wrap=True)
     console.print(_memory(found, work))
-    console.print(_time(found, work, adapter.model.dtype))
+    console.print(_time(found, work, adapter.model.dtype, waiting.overlap))
     if refused is not None:
         raise refused
-    typer.echo(f"offload {waiting.name}, {'streamed' if work.streamed else 'loaded as a whole'}")
+    beside = ", each layer fitted while the next one is observed" if waiting.overlap else ""
+    typer.echo(f"offload {waiting.name}, {'streamed' if work.streamed else 'loaded as a whole'}{beside}")
 
 
 def _opened(model: str, dtype: options.Dtype, place: torch.device) -> ModelAdapter:
@@ -93,7 +95,7 @@ def _memory(found: Forecast, work: Workload) -> Table:
     return table
 
 
-def _time(found: Forecast, work: Workload, dtype: torch.dtype) -> Table:
+def _time(found: Forecast, work: Workload, dtype: torch.dtype, overlap: bool) -> Table:
     forward = _FORWARD_PART * matmul_rate(work.device, dtype)
     fitting = _FIT_PART.get(work.device.type, 0.3) * matmul_rate(work.device, torch.float32)
     table = Table(box=None, header_style="bold")
@@ -115,5 +117,9 @@ def _time(found: Forecast, work: Workload, dtype: torch.dtype) -> Table:
         )
         one = work.model_bytes / _DISK_RATE
         seconds = sum(max(spent, one) for spent in sweeps.values() if spent)
-    table.add_row("[bold]in all[/bold]", f"{sum(found.flop.values()) / 1e12:,.1f}", f"{seconds / 60:.1f}")
+    # Side by side the two share a device: only what a fit pauses is saved, which nobody can tell beforehand.
+    bound = ", at most" if overlap else ""
+    table.add_row(
+        f"[bold]in all{bound}[/bold]", f"{sum(found.flop.values()) / 1e12:,.1f}", f"{seconds / 60:.1f}"
+    )
     return table

@@ -65,6 +65,13 @@ Offload = Annotated[
         "too), or auto: as little as the device has room for.",
     ),
 ]
+Overlap = Annotated[
+    bool | None,
+    typer.Option(
+        "--overlap/--no-overlap",
+        help="Fit a layer while the next one is observed. [default: on a GPU with room for both]",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 DATA_HELP = (

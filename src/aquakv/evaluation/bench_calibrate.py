@@ -21,6 +21,7 @@ from torch import Tensor
 from aquakv.calibration import calibrate_many
 from aquakv.calibration.forecast import choose_waiting, forecast
 from aquakv.calibration.group import Group
+from aquakv.calibration.observe import Waiting
 from aquakv.calibration.progress import Report
 from aquakv.calibration.workload import workload_of
 from aquakv.config import CodecConfig
@@ -32,6 +33,9 @@ from aquakv.models.weights import Part, RandomWeights, StreamedWeights
 
 #: Vocabulary of the Llama 3 models: embedding and head count here.
 _VOCABULARY = 128256
+
+#: Phases of the sweep that counts, which may go on side by side.
+_SWEEP = ("observe", "fit", "fit, beside observing")
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,12 @@ class CalibrationBench:
         ``[sequences, seq_len]`` int64.
     config
         The codec.
-    batch_size, offload
+    batch_size, offload, overlap
         As for `calibrate_many`.
     total_layers
         Layers of the whole model, of which ``adapter`` may have the first ones only.
+    data
+        What the tokens are.
     """
 
     contestant: str
@@ -62,6 +68,8 @@ class CalibrationBench:
     batch_size: int
     offload: str
     total_layers: int
+    overlap: bool | None = None
+    data: str = "random tokens"
 
     def run(self, report: Report | None = None) -> list[Row]:
         """Calibrate once; return a row for every phase, and one for the whole."""
@@ -76,7 +84,7 @@ class CalibrationBench:
             Group.current(device).size,
             self.total_layers,
         )
-        waiting = choose_waiting(work, self.offload)
+        waiting = choose_waiting(work, self.offload, self.overlap)
         foreseen = forecast(work, waiting)
         timings: dict[str, Any] = {}
         if device.type == "cuda":
@@ -89,22 +97,29 @@ class CalibrationBench:
             {"": self.config},
             batch_size=self.batch_size,
             offload=waiting.name,
+            overlap=waiting.overlap,
             progress=report,
             timings=timings,
             planned_layers=self.total_layers,
         )
         seconds = time.perf_counter() - started
         phases: dict[str, float] = timings["phases"]
-        setting = self._setting(waiting.name)
+        setting = self._setting(waiting)
+        # Side by side, a phase's time is not that of its operations; the two together have theirs.
+        shared = _SWEEP if waiting.overlap else ()
         rows = [
-            {**setting, "phase": phase, **_speed(spent, foreseen.flop.get(phase), rate)}
+            {
+                **setting,
+                "phase": phase,
+                **_speed(spent, None if phase in shared else foreseen.flop.get(phase), rate),
+            }
             for phase, spent in phases.items()
         ]
         rows.append({**setting, "phase": "rest", "seconds": seconds - sum(phases.values())})
         rows += [
             {**setting, "phase": f"layer {layer}: {phase}", "seconds": spent}
             for (layer, phase), spent in timings["layers"].items()
-            if phase in ("observe", "fit")
+            if phase in _SWEEP
         ]
         measured = {
             "peak_device_bytes": _peak_device(device),
@@ -114,6 +129,9 @@ class CalibrationBench:
             "matmul_tflops": rate / 1e12,
             "waited_for_weights_seconds": getattr(self.adapter.weights, "waited", None),
         }
+        sweep = sum(phases.get(phase, 0.0) for phase in _SWEEP)
+        operations = sum(foreseen.flop.get(phase, 0.0) for phase in _SWEEP)
+        measured["sweep_of_matmul_rate"] = _speed(sweep, operations, rate).get("of_matmul_rate")
         whole = project(timings, seconds, len(self.adapter.layers), self.total_layers)
         total = {
             **setting,
@@ -125,17 +143,19 @@ class CalibrationBench:
         }
         return [*rows, total]
 
-    def _setting(self, offload: str) -> Row:
+    def _setting(self, waiting: Waiting) -> Row:
         return {
             "contestant": self.contestant,
             "shape": self.shape,
             "preset": self.config.preset,
+            "data": self.data,
             "layers": len(self.adapter.layers),
             "total_layers": self.total_layers,
             "sequences": len(self.tokens),
             "seq_len": self.tokens.shape[1],
             "batch_size": self.batch_size,
-            "offload": offload,
+            "offload": waiting.name,
+            "overlap": waiting.overlap,
             "dtype": str(self.adapter.model.dtype).removeprefix("torch."),
         }
 
@@ -143,8 +163,10 @@ class CalibrationBench:
 def project(timings: Mapping[str, Any], seconds: float, layers: int, total: int) -> dict[str, float]:
     """Return the seconds of each phase for a model of ``total`` layers, from those of its first ``layers``.
 
-    Work on a layer counts as that on those measured, the first left out (it has no predictors and waits for
-    the embedding); errors are sent through all layers behind theirs, so that harm grows with the square.
+    A phase's time at a layer is that by the clock, whatever went on beside it. The first layer counts once
+    (it has no predictors and waits for the embedding), the last once (nothing is observed beside its fit),
+    and the mean of those between, if there are any, for all others; errors are sent through all layers
+    behind theirs, so that harm grows with the square.
     """
     if layers == total:
         return {**timings["phases"], "rest": seconds - sum(timings["phases"].values())}
@@ -154,8 +176,9 @@ def project(timings: Mapping[str, Any], seconds: float, layers: int, total: int)
         if phase == "plan: harm":
             found[phase] = spent * total * (total + 1) / (layers * (layers + 1))
         else:
-            later = [s for layer, s in own.items() if layer > 0] or list(own.values())
-            found[phase] = own.get(0, 0.0) + sum(later) / len(later) * (total - 1)
+            first, last = own.get(0, 0.0), own.get(layers - 1, 0.0)
+            between = [own.get(layer, 0.0) for layer in range(1, layers - 1)] or [last]
+            found[phase] = first + last + sum(between) / len(between) * (total - 2)
     found["rest"] = seconds - sum(timings["phases"].values())
     return found
 
@@ -213,8 +236,13 @@ def write_synthetic(
 
 def peak_host_bytes() -> int:
     """Return the most memory that this process has had so far; file contents that it mapped count too."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        # Unlike what getrusage says, it does not begin with the size of the process that started this one.
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _peak_device(device: torch.device) -> int | None:

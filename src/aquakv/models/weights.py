@@ -37,6 +37,10 @@ class LayerWeights(Protocol):
         """Have a part at hand inside a ``with`` block; ``then`` is what will be wanted next."""
         ...
 
+    def ready(self, part: Part) -> bool:
+        """Tell whether `holding` would have a part at once."""
+        ...
+
     def probed(self, layer_idx: int, attention: nn.Module) -> AbstractContextManager[None]:
         """Have a layer's attention callable to see what it does, though not with what weights."""
         ...
@@ -51,6 +55,10 @@ class AlwaysThere:
     def holding(self, part: Part, then: Part | None = None) -> AbstractContextManager[None]:
         """Do nothing."""
         return nullcontext()
+
+    def ready(self, part: Part) -> bool:
+        """Return True."""
+        return True
 
     def probed(self, layer_idx: int, attention: nn.Module) -> AbstractContextManager[None]:
         """Do nothing."""
@@ -174,11 +182,11 @@ class StreamedWeights:
             self._begin(part)
             self._coming.pop(part).result()
             self.waited += time.perf_counter() - started
+            in_vain: list[Part] = [other for other in self._coming if other != then]
+            for other in in_vain:
+                self._coming.pop(other).result()
+                self._drop(self._parts[other])
         self._held[part] = self._held.get(part, 0) + 1
-        in_vain: list[Part] = [other for other in self._coming if other != then]
-        for other in in_vain:
-            self._coming.pop(other).result()
-            self._drop(self._parts[other])
         if then is not None and then in self._parts and not self._held.get(then):
             self._begin(then)
         try:
@@ -187,6 +195,10 @@ class StreamedWeights:
             self._held[part] -= 1
             if not self._held[part]:
                 self._drop(self._parts[part])
+
+    def ready(self, part: Part) -> bool:
+        """Tell whether `holding` would have a part at once."""
+        return bool(self._held.get(part)) or (part in self._coming and self._coming[part].done())
 
     @contextmanager
     def probed(self, layer_idx: int, attention: nn.Module) -> Iterator[None]:

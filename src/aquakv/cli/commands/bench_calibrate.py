@@ -50,6 +50,7 @@ def calibrate(
     preset_name: Annotated[str, typer.Option("--preset", help="Preset.")] = "decode",
     bits: Annotated[float | None, typer.Option("--bits", help="Mean bits per value.")] = None,
     offload: options.Offload = "auto",
+    overlap: options.Overlap = None,
     data: Annotated[str, typer.Option("--data", help=options.DATA_HELP)] = "pydoc:train",
     data_dir: options.DataDir = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -77,7 +78,7 @@ def calibrate(
         else:
             adapter = synthetic(shape, layers, kind, place)
             contestant = f"{shape} made on the fly"
-        tokens = shapes.random_tokens(adapter.model, samples, seq_len)
+        tokens, text = shapes.random_tokens(adapter.model, samples, seq_len), "random tokens"
     elif layers is not None or from_disk is not None:
         raise ConfigError(
             f"--layers, --from-disk: expected random weights ({shapes.PREFIX}NAME), got {model}"
@@ -85,10 +86,14 @@ def calibrate(
     else:
         opened = open_streamed(model, dtype.value, device) if stream else options.load(model, dtype, device)
         adapter = opened.adapter
-        tokens = token_sequences([data], opened.tokenizer, samples, seq_len, data_dir)
+        tokens, text = token_sequences([data], opened.tokenizer, samples, seq_len, data_dir), data
         shape, total = model, len(adapter.layers)
         contestant = f"{model} {'streamed' if stream else 'in memory'}"
-    bench = CalibrationBench(contestant, shape, adapter, tokens, config, batch_size, offload, total)
+    if overlap is not None:
+        contestant += ", side by side" if overlap else ", one after the other"
+    bench = CalibrationBench(
+        contestant, shape, adapter, tokens, config, batch_size, offload, total, overlap, text
+    )
     with options.progress_bar("Calibrating", "batches") as report:
         rows = bench.run(report)
     if json_out is not None:

@@ -54,6 +54,7 @@ def calibrate(
         ),
     ] = None,
     offload: options.Offload = "auto",
+    overlap: options.Overlap = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the same calibration was interrupted.")
     ] = False,
@@ -75,7 +76,7 @@ def calibrate(
     """Fit a codec to a model, in one pass over its layers."""
     config = preset(preset_name, bits)
     if dry_run:
-        show_plan(model, config, samples, seq_len, batch_size, stream, offload, dtype, device)
+        show_plan(model, config, samples, seq_len, batch_size, stream, offload, overlap, dtype, device)
         return
     if out is None:
         raise ConfigError("--out: expected a codec file to write, got none (or --dry-run to see the plan)")
@@ -98,6 +99,7 @@ def calibrate(
                 config,
                 batch_size=batch_size,
                 offload=offload,
+                overlap=overlap,
                 record=record,
                 progress=report,
                 store=store,
