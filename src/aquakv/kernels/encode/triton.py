@@ -24,7 +24,7 @@ from aquakv.kernels.pages import PAGE_TOKENS, TAIL_BYTES
 
 #: Tokens and warps of a program that quantises: a part of a page, so that there are programs enough, and four
 #: coefficients of a token to a thread.
-_TOKENS, _WARPS = 32, 4
+_TOKENS, _WARPS = 16, 4
 
 _TYPES = {torch.float16: tl.float16, torch.float32: tl.float32}
 
