@@ -387,7 +387,8 @@ def test_what_steps_share(monkeypatch, capturing):
                 (32, 1, 1, 0, 3, 6),
             ]
         ),
-        ("combine", {"QUERIES": 32, "DIM": 128}, {}),
+        ("combine", {"QUERIES": 32, "DIM": 128, "CHUNK": 144}, {}),
+        ("combine", {"QUERIES": 32, "DIM": 64, "CHUNK": 64}, {}),
     ],
 )
 def test_kernels_compile_without_spills_or_serialised_products(name, constants, products):

@@ -37,10 +37,6 @@ static_assert(STAGES >= BUFFERS, "a page's stage is free once the teams have lef
 DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-DEVICE void load_transposed(u32 address, u32 (&to)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
-}
 // Two of them, 512 bytes apart, where `load` says so; what is there stays otherwise. No branch, which would part
 // asynchronous products.
 DEVICE void load_transposed_if(bool load, u32 address, u32 (&to)[2][4]) {

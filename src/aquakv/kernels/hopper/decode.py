@@ -22,6 +22,7 @@ _CHUNK_BYTES = 64
 _CHUNKS_AHEAD = 2  # of a table's end
 _LATENT_TEAMS, _MAX_LATENT_STAGES, _MAX_SUM_STAGES = 4, 8, 6
 _SUM_BUFFERS = 3  # of a page's weights
+_COMBINED_BYTES = 64 * 1024  # of a block's rows
 _LOG2_E = 1.4426950408889634
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
@@ -282,21 +283,30 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
     rows, splits, heads, slots, members = means.shape
     query_heads = maxima.shape[1]
     group, dim = query_heads // heads, plain.head_dim
-    chunks = -(-slots // 128)
-    shared = 4 * (splits * 3 * members + 2 * 128 * members + 256 // (dim // 2) * group * dim)
+    chunk = combined_slots(multiprocessors(means.device), heads, slots)
+    chunks = -(-slots // chunk)
+    block_rows, shared = combined_rows(rows, splits, members, chunk, dim)
     run = kernel(
         "combine",
-        {"KV_HEADS": heads, "GROUP": group, "QUERIES": totals.shape[3], "DIM": dim, "DEPENDENT": 1},
+        {
+            "KV_HEADS": heads,
+            "GROUP": group,
+            "QUERIES": totals.shape[3],
+            "DIM": dim,
+            "CHUNK": chunk,
+            "DEPENDENT": 1,
+        },
         {},
-        64 * 1024,
+        MAX_BLOCK_BYTES,
         means.device,
     )
+    row_blocks = -(-rows // block_rows)
     parts = torch.empty(rows, heads, chunks, group, dim, dtype=torch.float32, device=means.device)
     out = torch.empty(rows, query_heads, dim, dtype=torch.float32, device=means.device)
     lse = torch.empty(rows, query_heads, dtype=torch.float32, device=means.device)
     run(
-        (chunks * heads, rows),
-        256,
+        (chunks * heads, row_blocks),
+        32 * max(8, chunk // 16),
         shared,
         [
             means,
@@ -305,9 +315,11 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
             operands.epilogue,
             plain.epilogue_offset,
             parts,
-            _counters(rows * heads, means.device),
+            _counters(row_blocks * heads, means.device),
             out,
             lse,
+            rows,
+            block_rows,
             slots,
             plain.keys.chunks * 64,
             plain.values.chunks * 64,
@@ -317,6 +329,21 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
         dependent=True,
     )
     return out, lse
+
+
+def combined_slots(processors: int, heads: int, slots: int) -> int:
+    """Return how many slots a block of `combine` takes: few, yet no multiprocessor has a second block."""
+    steps = -(-slots // 16)
+    fewest = -(-steps // max(1, processors // heads))
+    return 16 * min(max(fewest, 4), 12)
+
+
+def combined_rows(rows: int, splits: int, members: int, chunk: int, dim: int) -> tuple[int, int]:
+    """Return how many rows a block of `combine` takes, and its shared memory: so little that two fit."""
+    row = splits * (chunk * members * 2 + 12 * members) + 8 * (2 * chunk + 16) + 4 * members
+    most = max(1, _COMBINED_BYTES // row)
+    block_rows = -(-rows // -(-rows // most))
+    return block_rows, chunk * (2 * dim + 16) + block_rows * row + 16
 
 
 def splits_in_one_round(device: torch.device, programs: int, pages: int) -> int:
