@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from aquakv.kernels.hopper.operands import (
     split_pairs,
     unsupported,
 )
-from aquakv.kernels.hopper.order import LINEAR_WIDTH, cubic_tiles, latent_order, sum_order
+from aquakv.kernels.hopper.order import LINEAR_WIDTH, cubic_tiles, latent_order, score_order, sum_order
 from aquakv.kernels.pages import PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
 from aquakv.kernels.scores import next_latents
@@ -262,6 +263,30 @@ def test_sums_and_epilogue_have_one_order(name):
     assert len(arranged.sum_fields) == start
 
 
+def test_scores_take_fields_of_a_plane_one_after_the_other():
+    kinds, planes = [0, 2, 2, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 1, 1, 1]
+    order = score_order(kinds, planes)
+    assert sorted(order) == list(range(8))
+    assert [kinds[i] for i in order] == sorted(kinds)
+    backwards = [planes[i] for i in order[::-1]]
+    assert sum(a != b for a, b in pairwise([-1, *backwards])) == 3  # 8 without an order
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_planes_are_loaded_where_they_change(name):
+    case = make_case(FITTING[name])
+    layout = case.key_layout
+    arranged = HopperOperands.build(case.operands(torch.float16), case.rotary(torch.float32))
+    for head, order in enumerate(arranged.field_order):
+        fields = layout.group_fields(head)
+        held = None
+        for number in reversed(range(arranged.head_fields)):
+            plane = fields[order[number]].plane if number < len(order) else None
+            if arranged.plane_loads >> number & 1:
+                held = plane
+            assert plane in (held, None)
+
+
 @pytest.mark.parametrize("groups", [1, 8])
 def test_a_warp_sums_fields_of_a_plane_one_after_the_other(groups):
     widths = [width for width in (4, 2, 2, 2, 2, 1, 1, 1) for _ in range(16)] * 8
@@ -347,6 +372,7 @@ def test_what_steps_share(monkeypatch, capturing):
                 "PLANES": 2,
                 "CUBIC": 2,
                 "EXACT": 4,
+                "LOADS": 0b11111111,
                 "QUERY": 2,
                 "SOFTCAP": 0,
             },
@@ -364,6 +390,7 @@ def test_what_steps_share(monkeypatch, capturing):
                 "PLANES": 2,
                 "CUBIC": 2,
                 "EXACT": 4,
+                "LOADS": 0b1001,
                 "QUERY": 0,
                 "SOFTCAP": 1,
             },

@@ -65,6 +65,7 @@ def scores(
         "PLANES": operands.score_planes.shape[1],
         "CUBIC": operands.cubic_fields,
         "EXACT": operands.exact_fields,
+        "LOADS": operands.plane_loads,
         "RANK": rank,
         "TEAMS": _SCORE_TEAMS,
         "QUERY": _QUERY_KINDS[query.dtype],

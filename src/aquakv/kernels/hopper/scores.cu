@@ -14,7 +14,8 @@
 //
 // Compile-time numbers: KV_HEADS, GROUP (query heads of a KV head, at most 4), DIM, FAST, SLOW (padded to 16),
 // FIELDS and PLANES (of a head, at most), CUBIC (the first fields, which alone may have cubic levels), EXACT (the
-// first fields, which alone may need their codes before they are centred), RANK (0 or a power of two), TEAMS
+// first fields, which alone may need their codes before they are centred), LOADS (bit f: field f is not in the plane of
+// field f + 1, with some head), RANK (0 or a power of two), TEAMS
 // (warpgroups), QUERY (0 float32, 1 float16, 2 bfloat16), SOFTCAP.
 
 constexpr int CODE_STEPS = FIELDS;             // products of 16 slots each
@@ -128,9 +129,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         }
     }
     int following = begin < end ? __ldg(own_table + begin) : 0;  // record of the next page to copy
-    auto copy_codes = [&](int page) {
+    auto copy_codes = [&] {
         const u8* record = pages + long(following) * record_bytes;
-        following = __ldg(own_table + min(page + 1, last_page));
 #pragma unroll
         for (int i = 0; i < CODE_ROUNDS; i++)
             if (source[i] >= 0) copy_chunk(own_codes_at + (32 * i + lane) * 16, record + source[i]);
@@ -149,7 +149,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             copy_chunk(own_base + Own::turns + i * 16, page_turns + (long(row) * num_pages + page) * PAIRS + i % (PAIRS / 2) * 2);
         }
     };
-    if (begin < end) copy_codes(begin);
+    if (begin < end) copy_codes();
+    following = __ldg(own_table + min(begin + 1, last_page));
     for (int i = threadIdx.x; i < FIELDS * 8; i += THREADS)
         ((u32*)(shared + Rest::fields))[i] = ((const u32*)(fields + head * FIELDS))[i];
     // Offsets of slow coordinates as columns of a right operand: as they are and times minus the square of the angle,
@@ -352,30 +353,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             load_shared_byte(own_codes_at + PLANES * 256 + group + 8, scale_codes[1]);
             load_shared(own_codes_at + PLANES * 256 + 16 + (warp >> 1) * 4, attended);
             attended >>= first & 31;
-            u32 latent[LATENT_STEPS + (RANK == 0)][4];
-#pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++)
-                load_matrices(latents_from ^ (k << 5), latent[k]);
             const u32 cells = own_codes_at + group * 16 + quad * 4;
-            u32 codes[CODE_STEPS][4];
+            const u32 absorbed = absorbed_by_page + (page - start) * BLOCKS * 64;
+            float sum[FAST / 2], still[4];
+            u32 codes[CODE_STEPS][4], latent[LATENT_STEPS + (RANK == 0)][4], words[2];
+            keep(sum);
+            keep(still);
+            auto multiply = [&](const u32 (&left)[4], int step, bool add) {
+                wgmma_columns(sum, left, descriptor(synthesis + step / 4 * TILES * 64 + 2 * (step % 4)), add);
+                wgmma_8(still, left, descriptor(absorbed + step / 4 * 64 + 2 * (step % 4)), add);
+            };
+            // From the last field to the first, whose levels take longest: the products of half the fields run while
+            // the other half is unpacked, and theirs while the latents are scaled and the next page is asked for.
 #pragma unroll
-            for (int f = 0; f < CODE_STEPS; f++) {
-                // In this order: all descriptions at once are more than registers hold.
-                Field field;
-                load_shared(described + 32 * f, field.offset, field.mask, field.unit, field.centre);
-                if (f < CUBIC) load_shared(described + 32 * f + 16, field.gain);
-                u32 words[2];
-                load_shared(cells + field.offset, words[0]);
-                load_shared(cells + field.offset + 128, words[1]);
+            for (int part = 1; part >= 0; part--) {
+                constexpr int HALF = CODE_STEPS / 2;
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    u32 low, high;
-                    if (f < EXACT) unpack_centred(words[j], field, low, high);
-                    else unpack_at_once(words[j], field, low, high);
-                    if (f < CUBIC) low = cubic(low, field.gain), high = cubic(high, field.gain);
-                    codes[f][j] = low;
-                    codes[f][2 + j] = high;
+                for (int f = CODE_STEPS - 1; f >= 0; f--) {
+                    if ((f >= HALF) != (part == 1)) continue;
+                    // In this order: all descriptions at once are more than registers hold.
+                    Field field;
+                    load_shared(described + 32 * f, field.offset, field.mask, field.unit, field.centre);
+                    if (f < CUBIC) load_shared(described + 32 * f + 16, field.gain);
+                    if (LOADS >> f & 1) {
+                        load_shared(cells + field.offset, words[0]);
+                        load_shared(cells + field.offset + 128, words[1]);
+                    }
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        u32 low, high;
+                        if (f < EXACT) unpack_centred(words[j], field, low, high);
+                        else unpack_at_once(words[j], field, low, high);
+                        if (f < CUBIC) low = cubic(low, field.gain), high = cubic(high, field.gain);
+                        codes[f][j] = low;
+                        codes[f][2 + j] = high;
+                    }
+                    keep(codes[f]);
                 }
+                wgmma_fence();
+#pragma unroll
+                for (int f = CODE_STEPS - 1; f >= 0; f--)
+                    if ((f >= HALF) == (part == 1)) multiply(codes[f], f, f < CODE_STEPS - 1);
+                wgmma_commit();
             }
             u32 own_inverse[2];
 #pragma unroll
@@ -383,38 +402,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                 const float one = inverse_scale(scale_codes[j]);
                 own_inverse[j] = pack_half2(one, one);
             }
-            __syncwarp();  // they have been read
+            if (RANK > 0) {
+#pragma unroll
+                for (int k = 0; k < LATENT_STEPS; k++) load_matrices(latents_from ^ (k << 5), latent[k]);
+#pragma unroll
+                for (int k = 0; k < LATENT_STEPS; k++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) latent[k][i] = hmul2(latent[k][i], own_inverse[i % 2]);
+                    keep(latent[k]);
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < LATENT_STEPS; k++) multiply(latent[k], CODE_STEPS + k, true);
+                wgmma_commit();
+            }
+            __syncwarp();  // codes and latents have been read
             if (page + 1 < end) {
-                copy_codes(page + 1);
+                copy_codes();
                 copy_latents();
             }
+            following = __ldg(own_table + min(page + 2, last_page));
             asm volatile("cp.async.commit_group;" ::: "memory");
-#pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) latent[k][i] = hmul2(latent[k][i], own_inverse[i % 2]);
-
-            float sum[FAST / 2], still[4];
-            keep(sum);
-            keep(still);
-            const u32 absorbed = absorbed_by_page + (page - start) * BLOCKS * 64;
-#pragma unroll
-            for (int f = 0; f < CODE_STEPS; f++) keep(codes[f]);
-#pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++) keep(latent[k]);
-            wgmma_fence();
-#pragma unroll
-            for (int f = 0; f < CODE_STEPS; f++) {
-                wgmma_columns(sum, codes[f], descriptor(synthesis + f / 4 * TILES * 64 + 2 * (f % 4)), f > 0);
-                wgmma_8(still, codes[f], descriptor(absorbed + f / 4 * 64 + 2 * (f % 4)), f > 0);
-            }
-#pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++) {
-                const int step = CODE_STEPS + k;
-                wgmma_columns(sum, latent[k], descriptor(synthesis + step / 4 * TILES * 64 + 2 * (step % 4)), true);
-                wgmma_8(still, latent[k], descriptor(absorbed + step / 4 * 64 + 2 * (step % 4)), true);
-            }
-            wgmma_commit();
             multiply_query(page - 1);
             wgmma_wait<0>();
             keep(sum);
