@@ -339,7 +339,7 @@ def test_what_steps_share(monkeypatch, capturing):
 
         return launch
 
-    for name, result in {"scores": (1, 2), "next_latents": 3, "code_sums": (4, 5), "combine": (6, 7)}.items():
+    for name, result in {"scores": (1, 2), "code_sums": (4, 5), "combine": (6, 7), "next_latents": 3}.items():
         monkeypatch.setattr(hopper.decode, name, launched(name, result))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(
@@ -349,7 +349,7 @@ def test_what_steps_share(monkeypatch, capturing):
     step = step_of(make_case(FITTING["plain"]))
     results = [hopper.attend(*step, 0.5, None) for _ in range(2)]
     assert results == [(6, 7, 3)] * 2
-    assert [name for name, _ in calls] == ["scores", "next_latents", "code_sums", "combine"] * 2
+    assert [name for name, _ in calls] == ["scores", "code_sums", "combine", "next_latents"] * 2
     (first, turns), (second, again) = (call[1][5:7] for call in calls[::4])
     assert first is second
     assert (turns is again) != capturing
@@ -396,10 +396,10 @@ def test_what_steps_share(monkeypatch, capturing):
             },
             {"wgmma_64": 64, "wgmma_columns": 48, "wgmma_8": 8},
         ),
-        ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
-        ("next_latents", {"RANK": 16, "WIDTH": 32}, {"wgmma_width": 32}),
-        ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),
-        ("next_latents", {"RANK": 64, "WIDTH": 48}, {"wgmma_width": 48}),
+        ("next_latents", {"RANK": 64, "WIDTH": 64, "LATE": 1}, {"wgmma_width": 64}),
+        ("next_latents", {"RANK": 16, "WIDTH": 32, "LATE": 0}, {"wgmma_width": 32}),
+        ("next_latents", {"RANK": 0, "WIDTH": 16, "LATE": 1}, {"wgmma_width": 16}),
+        ("next_latents", {"RANK": 64, "WIDTH": 48, "LATE": 1}, {"wgmma_width": 48}),
         *(
             (
                 "code_sum",

@@ -58,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine_kernel(
     for (int i = tid; i < count; i += THREADS)
         bulk_copy(base + i * MATRIX_ROW, epilogue + (long(head) * slots + first + i) * DIM * 2, DIM * 2, matrix_there);
     depend_on_previous();
+    let_next_start();
     for (int i = tid; i < own_rows * splits; i += THREADS)
         bulk_copy(staged_at + i * SPLIT_BYTES,
                   means + ((long(first_row) * splits + i) * KV_HEADS + head) * slots * PADDED * 2 + first * PADDED * 2,

@@ -125,10 +125,30 @@ def score_shared_bytes(operands: HopperOperands) -> int:
     return images + _SCORE_TEAMS * own + rest
 
 
+def empty_latents(table: Tensor, operands: HopperOperands) -> Tensor:
+    """Return room for the next layer's latents."""
+    rows, num_pages = table.shape
+    width = operands.plain.next_width
+    return torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
+
+
 def next_latents(
-    key_pages: Tensor, table: Tensor, lengths: Tensor, latents: Tensor | None, operands: HopperOperands
+    key_pages: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    latents: Tensor | None,
+    operands: HopperOperands,
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """Return the next layer's latents, ``[rows, pages * 64, next_width]`` float16."""
+    """Return the next layer's latents, ``[rows, pages * 64, next_width]`` float16.
+
+    Parameters
+    ----------
+    beside
+        Where to put them, if the launch before this one on the stream is `combine` of the same step: both run
+        side by side then. It must be from `empty_latents` before the step's first launch, as memory that was
+        freed since may still be in use.
+    """
     plain = operands.plain
     rows, num_pages = table.shape
     width, rank = plain.next_width, plain.latent_width
@@ -137,10 +157,10 @@ def next_latents(
     stages = min(_MAX_LATENT_STAGES, (MAX_BLOCK_BYTES - fixed) // (record + 8))
     teams = min(_LATENT_TEAMS, stages)
     stages -= stages % teams
-    out = torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
+    out = empty_latents(table, operands) if beside is None else beside
     run = kernel(
         "next_latents",
-        {"RANK": rank, "WIDTH": width, "DEPENDENT": 1},
+        {"RANK": rank, "WIDTH": width, "LATE": int(beside is not None), "DEPENDENT": 1},
         {"wgmma_width": width},
         MAX_BLOCK_BYTES,
         table.device,
