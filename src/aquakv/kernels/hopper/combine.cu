@@ -55,11 +55,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine_kernel(
         barrier_expect(means_there, own_rows * splits * count * PADDED * 2);
     }
     __syncthreads();
-    for (int i = tid; i < count; i += THREADS)
+    // Threads of a warp issue copies one after the other, so all warps take part.
+    for (int i = lane * WARPS + warp; i < count; i += THREADS)
         bulk_copy(base + i * MATRIX_ROW, epilogue + (long(head) * slots + first + i) * DIM * 2, DIM * 2, matrix_there);
     depend_on_previous();
     let_next_start();
-    for (int i = tid; i < own_rows * splits; i += THREADS)
+    for (int i = lane * WARPS + warp; i < own_rows * splits; i += THREADS)
         bulk_copy(staged_at + i * SPLIT_BYTES,
                   means + ((long(first_row) * splits + i) * KV_HEADS + head) * slots * PADDED * 2 + first * PADDED * 2,
                   count * PADDED * 2, means_there);

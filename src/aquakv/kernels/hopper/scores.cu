@@ -112,6 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         bulk_copy(base + Shared::synthesis, operands + long(head) * image_bytes, image_bytes, barrier);
         bulk_copy(base + Shared::turns, offset_turns, TILES / 2 * 2048, barrier);
     }
+    // The same number, by a way that the compiler does not see through: kept in a register, where it would be computed
+    // anew for every page.
+    auto pinned = [&](u32 x) { return __shfl_sync(0xFFFFFFFFu, x, lane); };
     // What this thread copies of every page: chunks of its warp's tokens.
     const u32 own_latents_at = own_base + Own::warps + warp * WARP_BYTES, own_codes_at = own_latents_at + 16 * RANK * 2;
     int source[CODE_ROUNDS];
@@ -127,16 +130,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         } else if (chunk == PLANES * 16 + 1) {
             source[i] = record_bytes - 16;
         }
+        asm volatile("" : "+r"(source[i]));
     }
     int following = begin < end ? __ldg(own_table + begin) : 0;  // record of the next page to copy
+    const u32 codes_to = pinned(own_codes_at + lane * 16);
     auto copy_codes = [&] {
         const u8* record = pages + long(following) * record_bytes;
 #pragma unroll
         for (int i = 0; i < CODE_ROUNDS; i++)
-            if (source[i] >= 0) copy_chunk(own_codes_at + (32 * i + lane) * 16, record + source[i]);
+            if (source[i] >= 0) copy_chunk(codes_to + 512 * i, record + source[i]);
     };
     const u8* next_latents = latents + (long(row) * num_pages * 64 + long(begin) * 64 + warp * 16) * RANK * 2 + lane * 16;
-    const u32 latents_to = own_latents_at + latent_place<RANK>(lane / LATENT_CHUNKS, lane % LATENT_CHUNKS);
+    const u32 latents_to = pinned(own_latents_at + latent_place<RANK>(lane / LATENT_CHUNKS, lane % LATENT_CHUNKS));
     auto copy_latents = [&] {
 #pragma unroll
         for (int i = 0; i < RANK / 16; i++)  // RANK is a power of two; with 64 every other four tokens differ in place
@@ -198,16 +203,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     __syncthreads();
 
     // Where this thread's tokens are: rows `first` and `first + 8` of a page.
-    const int first = warp * 16 + group;
+    const int first = pinned(warp * 16 + group);
     const u32 described = base + Rest::fields;
-    float* out = scores + (long(row) * num_pages * KV_HEADS + head) * GROUP * 64 + quad * 64 + first;
+    constexpr int PAGE_SCORES = KV_HEADS * GROUP * 64;
+    float* out = scores + ((long(row) * num_pages + begin - 1) * KV_HEADS + head) * GROUP * 64 + quad * 64 + first;
     float largest = -INFINITY;
 
     barrier_wait(barrier, 0);
 
     const u32 synthesis = descriptor_low(base + Shared::synthesis);
     const u32 absorbed_by_page = descriptor_low(own_base + Own::absorbed), query_by_page = descriptor_low(own_base + Own::query);
-    const u32 latents_from = own_latents_at + latent_place<RANK>(lane & 15, lane >> 4);
+    const u32 latents_from = pinned(own_latents_at + latent_place<RANK>(lane & 15, lane >> 4));
+    // What this thread reads of every page and of tables, in shared memory.
+    const u32 cells = pinned(own_codes_at + group * 16 + quad * 4);
+    const u32 offsets_at = pinned(base + Rest::fast_offset + quad * TILES * 4);
+    const u32 tails = pinned(own_codes_at + PLANES * 256 + group);
+    const u32 turns_at = pinned(base + Shared::turns + thread * 16);
     auto slot_of = [&](int page) {
         const int turn = (page - begin) & (2 * BATCH - 1);
         return turn == 2 * BATCH - 1 ? BATCH : turn & (BATCH - 1);
@@ -225,9 +236,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 #pragma unroll
         for (int t = 0; t < TILES / 2; t++) {
             uint4 turn;
-            load_shared(base + Shared::turns + (t * 128 + thread) * 16, turn.x, turn.y, turn.z, turn.w);
+            load_shared(turns_at + t * 2048, turn.x, turn.y, turn.z, turn.w);
             uint2 offset;
-            load_shared(base + Rest::fast_offset + (quad * TILES + 2 * t) * 4, offset.x, offset.y);
+            load_shared(offsets_at + 8 * t, offset.x, offset.y);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const u32 a = hfma2(offset.x, inverse[j], coordinates[t][j]), b = hfma2(offset.y, inverse[j], coordinates[t][2 + j]);
@@ -262,10 +273,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                 s = softcap * 1.4426950408889634f * tanhf(s / softcap);
 #endif
                 s = seen[j] ? s : -INFINITY;
-                if (page >= begin) out[long(page) * (KV_HEADS * GROUP * 64) + 8 * j] = s;
+                if (page >= begin) out[8 * j] = s;
                 largest = fmaxf(largest, s);
             }
         }
+        out += PAGE_SCORES;
     };
 
     for (int start = begin; start < end; start += BATCH) {
@@ -349,11 +361,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             asm volatile("cp.async.wait_group 0;" ::: "memory");
             __syncwarp();  // the warp's codes and latents are there
             u32 scale_codes[2], attended;
-            load_shared_byte(own_codes_at + PLANES * 256 + group, scale_codes[0]);
-            load_shared_byte(own_codes_at + PLANES * 256 + group + 8, scale_codes[1]);
+            load_shared_byte(tails, scale_codes[0]);
+            load_shared_byte(tails + 8, scale_codes[1]);
             load_shared(own_codes_at + PLANES * 256 + 16 + (warp >> 1) * 4, attended);
             attended >>= first & 31;
-            const u32 cells = own_codes_at + group * 16 + quad * 4;
             const u32 absorbed = absorbed_by_page + (page - start) * BLOCKS * 64;
             float sum[FAST / 2], still[4];
             u32 codes[CODE_STEPS][4], latent[LATENT_STEPS + (RANK == 0)][4], words[2];
