@@ -206,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     const int first = pinned(warp * 16 + group);
     const u32 described = base + Rest::fields;
     constexpr int PAGE_SCORES = KV_HEADS * GROUP * 64;
-    float* out = scores + ((long(row) * num_pages + begin - 1) * KV_HEADS + head) * GROUP * 64 + quad * 64 + first;
+    float* out = scores + ((long(row) * num_pages + begin) * KV_HEADS + head) * GROUP * 64 + quad * 64 + first;
     float largest = -INFINITY;
 
     barrier_wait(barrier, 0);
@@ -226,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     // Of the page before: coordinates as pairs of halves, part of the slow ones, scale, whether tokens are seen.
     u32 coordinates[TILES / 2][4], inverse[2] = {0, 0};
     float smooth[4] = {0, 0, 0, 0}, scale[2] = {0, 0}, score[4];
-    bool seen[2] = {false, false};
+    u32 seen = 0;  // bits 0 and 8
 #pragma unroll
     for (int t = 0; t < TILES / 2; t++)
 #pragma unroll
@@ -256,28 +256,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         for (int t = 0; t < TILES / 2; t++) wgmma_8(score, coordinates[t], descriptor(right + t / 4 * 64 + 2 * (t % 4)), t > 0);
         wgmma_commit();
     };
-    auto finish = [&](int page) {
+    // What its products and scales say of a page's scores, and the rest, which is put off until other products run.
+    float coded[2] = {0, 0};
+    u32 coded_seen = 0;
+    auto settle = [&] {
         keep(score);
 #pragma unroll
         for (int t = 0; t < TILES / 2; t++) keep(coordinates[t]);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float x = (float(first + 8 * j) - 31.5f) * (1.0f / 32.0f);
+            coded[j] = scale[j] * fmaf(smooth[2 * j + 1], x, smooth[2 * j] + score[2 * j]);
+        }
+        coded_seen = seen;
+    };
+    auto finish = [&](int page, bool there) {
         if (quad < GROUP) {
             u32 p[4];
             load_shared(own_base + Own::polynomial + (slot_of(page) * 4 + quad) * 16, p[0], p[1], p[2], p[3]);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float x = (float(first + 8 * j) - 31.5f) * (1.0f / 32.0f);
-                float s = scale[j] * fmaf(smooth[2 * j + 1], x, smooth[2 * j] + score[2 * j]);
                 const float high = fmaf(__uint_as_float(p[3]), x, __uint_as_float(p[2]));
-                s += fmaf(fmaf(high, x, __uint_as_float(p[1])), x, __uint_as_float(p[0]));
+                float s = coded[j] + fmaf(fmaf(high, x, __uint_as_float(p[1])), x, __uint_as_float(p[0]));
 #if SOFTCAP
                 s = softcap * 1.4426950408889634f * tanhf(s / softcap);
 #endif
-                s = seen[j] ? s : -INFINITY;
-                if (page >= begin) out[8 * j] = s;
-                largest = fmaxf(largest, s);
+                s = coded_seen >> (8 * j) & 1 ? s : -INFINITY;
+                if (there) {
+                    out[8 * j] = s;
+                    largest = fmaxf(largest, s);
+                }
             }
         }
-        out += PAGE_SCORES;
+        if (there) out += PAGE_SCORES;
     };
 
     for (int start = begin; start < end; start += BATCH) {
@@ -406,6 +418,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                 for (int f = CODE_STEPS - 1; f >= 0; f--)
                     if ((f >= HALF) == (part == 1)) multiply(codes[f], f, f < CODE_STEPS - 1);
                 wgmma_commit();
+                if (part == 1) finish(page - 2, page - 2 >= begin && page > start);
             }
             u32 own_inverse[2];
 #pragma unroll
@@ -442,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             for (int f = 0; f < CODE_STEPS; f++) keep(codes[f]);
 #pragma unroll
             for (int k = 0; k < LATENT_STEPS; k++) keep(latent[k]);
-            finish(page - 1);
+            settle();
 #pragma unroll
             for (int t = 0; t < TILES / 2; t++)
 #pragma unroll
@@ -453,14 +466,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             for (int j = 0; j < 2; j++) {
                 inverse[j] = own_inverse[j];
                 scale[j] = reciprocal(low_float(inverse[j]));
-                seen[j] = (attended >> (8 * j) & 1) != 0 && page * 64 + first + 8 * j < length;
             }
+            const int tokens = length - (page * 64 + first);  // from this thread's first one on
+            seen = attended & (tokens > 0 ? tokens > 8 ? 0x101u : 1u : 0u);
         }
+        finish(stop - 2, stop - 2 >= begin);  // before its polynomial's place is taken
     }
     if (begin < end) {
         multiply_query(end - 1);
         wgmma_wait<0>();
-        finish(end - 1);
+        settle();
+        finish(end - 1, true);
     }
     let_next_start();
 #pragma unroll
