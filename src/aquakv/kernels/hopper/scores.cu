@@ -34,6 +34,7 @@ constexpr int THREADS = 128 * TEAMS;
 constexpr int CODE_CHUNKS = PLANES * 16 + 2;   // of 16 bytes, for 16 tokens: planes, scales, attended bits
 constexpr int CODE_ROUNDS = (CODE_CHUNKS + 31) / 32;
 constexpr int LATENT_CHUNKS = RANK / 8 > 0 ? RANK / 8 : 1;  // of a token
+constexpr int OFFSET_ROUNDS = (8 * 64 + THREADS - 1) / THREADS, QUERY_ROUNDS = (4 * PAIRS * 2 + THREADS - 1) / THREADS;
 constexpr int WARP_BYTES = (16 * RANK * 2 + CODE_CHUNKS * 16 + 127) / 128 * 128;
 
 struct Shared {
@@ -99,7 +100,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     const u32 barrier = base + Rest::barrier;
     constexpr u32 synthesis_bytes = BLOCKS * TILES * 1024, slow_bytes = BLOCKS * 8 * 1024;
     constexpr u32 image_bytes = synthesis_bytes + slow_bytes;
-    const int length = lengths[row], used = (length + 63) >> 6;
+    const int length = __ldg(lengths + row);
+    // All that is read of tables, asked for at once.
+    const u32 field_word = threadIdx.x < FIELDS * 8 ? __ldg((const u32*)(fields + head * FIELDS) + threadIdx.x) : 0;
+    int plane[CODE_ROUNDS];
+#pragma unroll
+    for (int i = 0; i < CODE_ROUNDS; i++)
+        plane[i] = 32 * i + lane < PLANES * 16 ? __ldg(planes + head * PLANES + (32 * i + lane) / 16) : -1;
+    float slow_offsets[OFFSET_ROUNDS], slow_angles[OFFSET_ROUNDS], fast_offsets[2];
+#pragma unroll
+    for (int k = 0; k < OFFSET_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, column = i / 64, coordinate = i % 64;
+        const bool there = column < 4 && coordinate < SLOW;
+        slow_offsets[k] = there ? __ldg(offsets + (head * PAIRS + FAST_PAIRS) * 2 + coordinate) : 0;
+        slow_angles[k] = there ? __ldg(angles + FAST_PAIRS + coordinate / 2) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        // Of tile t: coordinate t % 2 of the pairs 8 * (t / 2) + 2 * quad and the next.
+        const int t = threadIdx.x % TILES, pair = t / 2 * 8 + threadIdx.x / TILES * 2 + k;
+        fast_offsets[k] = threadIdx.x < FAST / 2 ? __ldg(offsets + (head * PAIRS + pair) * 2 + t % 2) : 0;
+    }
+    int query_places[QUERY_ROUNDS];
+    float query_angles[QUERY_ROUNDS];
+#pragma unroll
+    for (int k = 0; k < QUERY_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, member = i / (PAIRS * 2);
+        query_places[k] = member < GROUP ? __ldg(pair_order + i % (PAIRS * 2)) : -1;
+        query_angles[k] = __ldg(angles + i % (PAIRS * 2) / 2);
+    }
+    const int used = (length + 63) >> 6;
     const int begin = int(long(split) * used / splits), end = split < splits ? int(long(split + 1) * used / splits) : begin;
     const int* own_table = table + long(row) * num_pages;
 
@@ -123,8 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         const int chunk = 32 * i + lane;
         source[i] = -1;
         if (chunk < PLANES * 16) {
-            const int plane = planes[head * PLANES + chunk / 16];
-            if (plane >= 0) source[i] = plane + (warp * 16 + chunk % 16) * 16;
+            if (plane[i] >= 0) source[i] = plane[i] + (warp * 16 + chunk % 16) * 16;
         } else if (chunk == PLANES * 16) {
             source[i] = record_bytes - 80 + warp * 16;
         } else if (chunk == PLANES * 16 + 1) {
@@ -156,26 +185,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     };
     if (begin < end) copy_codes();
     following = __ldg(own_table + min(begin + 1, last_page));
-    for (int i = threadIdx.x; i < FIELDS * 8; i += THREADS)
-        ((u32*)(shared + Rest::fields))[i] = ((const u32*)(fields + head * FIELDS))[i];
+    if (threadIdx.x < FIELDS * 8) ((u32*)(shared + Rest::fields))[threadIdx.x] = field_word;
     // Offsets of slow coordinates as columns of a right operand: as they are and times minus the square of the angle,
     // each as a half and what it leaves.
-    for (int i = threadIdx.x; i < 8 * 64; i += THREADS) {
-        const int column = i / 64, coordinate = i % 64;
-        float value = 0;
-        if (column < 4 && coordinate < SLOW) {
-            const float angle = angles[FAST_PAIRS + coordinate / 2];
-            value = offsets[(head * PAIRS + FAST_PAIRS) * 2 + coordinate] * (column < 2 ? 1.0f : -angle * angle);
-            if (column % 2) value -= low_float(pack_half2(value, value));
-        }
-        *(unsigned short*)(shared + Shared::slow_offset + swizzle128(column, coordinate * 2)) = (unsigned short)pack_half2(value, value);
+#pragma unroll
+    for (int k = 0; k < OFFSET_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, column = i / 64, coordinate = i % 64;
+        float value = slow_offsets[k] * (column < 2 ? 1.0f : -slow_angles[k] * slow_angles[k]);
+        if (column % 2) value -= low_float(pack_half2(value, value));
+        if (i < 8 * 64)
+            *(unsigned short*)(shared + Shared::slow_offset + swizzle128(column, coordinate * 2)) = (unsigned short)pack_half2(value, value);
     }
-    for (int i = threadIdx.x; i < FAST / 2; i += THREADS) {
-        // Of tile t: coordinate t % 2 of the pairs 8 * (t / 2) + 2 * quad and the next.
-        const int t = i % TILES;
-        const float* from = offsets + (head * PAIRS + t / 2 * 8 + i / TILES * 2) * 2 + t % 2;
-        ((u32*)(shared + Rest::fast_offset))[i] = pack_half2(from[0], from[2]);
-    }
+    if (threadIdx.x < FAST / 2) ((u32*)(shared + Rest::fast_offset))[threadIdx.x] = pack_half2(fast_offsets[0], fast_offsets[1]);
     // Odd columns of the query stay zero, so that a thread's first column is its query head.
     for (int i = thread; i < SLOTS * QUERY_BLOCKS * 256; i += 128) ((u32*)(own + Own::query))[i] = 0;
     depend_on_previous();
@@ -184,17 +205,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         copy_turns(begin);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
-    for (int i = threadIdx.x; i < 4 * PAIRS * 2; i += THREADS) {
-        const int member = i / (PAIRS * 2), coordinate = pair_order[i % (PAIRS * 2)];
-        const int pair = i % (PAIRS * 2) / 2, which = i % 2;
-        float value = 0;
-        if (member < GROUP && coordinate >= 0)
-            value = query_factor * load_query(query, (long(row * KV_HEADS + head) * GROUP + member) * DIM + coordinate);
+    float query_values[QUERY_ROUNDS];
+#pragma unroll
+    for (int k = 0; k < QUERY_ROUNDS; k++) {
+        const int member = (threadIdx.x + k * THREADS) / (PAIRS * 2), place = query_places[k];
+        query_values[k] = place >= 0 ? load_query(query, (long(row * KV_HEADS + head) * GROUP + member) * DIM + place) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < QUERY_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, member = i / (PAIRS * 2), pair = i % (PAIRS * 2) / 2, which = i % 2;
+        const float value = query_factor * query_values[k];
+        if (member >= 4) break;
         if (pair < FAST_PAIRS) {
             ((float*)(shared + Rest::fast_query))[(member * FAST_PAIRS + pair) * 2 + which] = value;
         } else {
             // The derivative by the offset: turned by a right angle, times the pair's angle.
-            const float angle = angles[pair];
+            const float angle = query_angles[k];
             float* to = (float*)(shared + Rest::slow_query) + (member * 2 * SLOW_PAIRS + pair - FAST_PAIRS) * 2;
             to[which] = value;
             to[2 * SLOW_PAIRS + 1 - which] = which ? angle * value : -angle * value;
