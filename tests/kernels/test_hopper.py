@@ -300,6 +300,15 @@ def test_a_warp_sums_fields_of_a_plane_one_after_the_other(groups):
     assert all(run == sorted(run, reverse=True) for run in wide)
 
 
+def test_blocks_of_combine_are_there_at_once():
+    assert hopper.decode.combined_slots(132, 8, 2112) == 144  # 15 blocks a head, 120 of 132 multiprocessors
+    for rows, splits in ((1, 66), (2, 33), (8, 8), (28, 2), (96, 1)):
+        block_rows, shared = hopper.decode.combined_rows(rows, splits, 4, 144, 128)
+        assert 1 <= block_rows <= rows
+        assert (1 + (rows > 1)) * (shared + 1024) <= 228 * 1024
+    assert hopper.decode.combined_rows(1, 66, 4, 192, 128)[1] <= hopper.decode.MAX_BLOCK_BYTES
+
+
 def test_angles_come_from_the_tables():
     frequencies = 500000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
     rotary = PageRotary.build(frequencies, torch.zeros(1, 1), dtype=torch.float32)
