@@ -318,7 +318,7 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
             "DEPENDENT": 1,
         },
         {},
-        MAX_BLOCK_BYTES - 16,  # it has a flag of its own beside that
+        MAX_BLOCK_BYTES - 1024,  # it has a flag of its own beside that
         means.device,
     )
     row_blocks = -(-rows // block_rows)
