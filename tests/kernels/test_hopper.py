@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from aquakv.kernels.hopper.operands import (
     split_pairs,
     unsupported,
 )
-from aquakv.kernels.hopper.order import LINEAR_WIDTH, cubic_tiles, latent_order, sum_order
+from aquakv.kernels.hopper.order import LINEAR_WIDTH, cubic_tiles, latent_order, score_order, sum_order
 from aquakv.kernels.pages import PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
 from aquakv.kernels.scores import next_latents
@@ -262,6 +263,30 @@ def test_sums_and_epilogue_have_one_order(name):
     assert len(arranged.sum_fields) == start
 
 
+def test_scores_take_fields_of_a_plane_one_after_the_other():
+    kinds, planes = [0, 2, 2, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 1, 1, 1]
+    order = score_order(kinds, planes)
+    assert sorted(order) == list(range(8))
+    assert [kinds[i] for i in order] == sorted(kinds)
+    backwards = [planes[i] for i in order[::-1]]
+    assert sum(a != b for a, b in pairwise([-1, *backwards])) == 3  # 8 without an order
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_planes_are_loaded_where_they_change(name):
+    case = make_case(FITTING[name])
+    layout = case.key_layout
+    arranged = HopperOperands.build(case.operands(torch.float16), case.rotary(torch.float32))
+    for head, order in enumerate(arranged.field_order):
+        fields = layout.group_fields(head)
+        held = None
+        for number in reversed(range(arranged.head_fields)):
+            plane = fields[order[number]].plane if number < len(order) else None
+            if arranged.plane_loads >> number & 1:
+                held = plane
+            assert plane in (held, None)
+
+
 @pytest.mark.parametrize("groups", [1, 8])
 def test_a_warp_sums_fields_of_a_plane_one_after_the_other(groups):
     widths = [width for width in (4, 2, 2, 2, 2, 1, 1, 1) for _ in range(16)] * 8
@@ -273,6 +298,15 @@ def test_a_warp_sums_fields_of_a_plane_one_after_the_other(groups):
     wide = [[f.width > LINEAR_WIDTH for f in run] for run in runs]
     assert max(map(sum, wide)) == cubic_tiles(layout.fields, sum_order(layout.fields)) == 1
     assert all(run == sorted(run, reverse=True) for run in wide)
+
+
+def test_blocks_of_combine_are_there_at_once():
+    assert hopper.decode.combined_slots(132, 8, 2112) == 144  # 15 blocks a head, 120 of 132 multiprocessors
+    for rows, splits in ((1, 66), (2, 33), (8, 8), (28, 2), (96, 1)):
+        block_rows, shared = hopper.decode.combined_rows(rows, splits, 4, 144, 128)
+        assert 1 <= block_rows <= rows
+        assert (1 + (rows > 1)) * (shared + 1024) <= 228 * 1024
+    assert hopper.decode.combined_rows(1, 66, 4, 192, 128)[1] <= hopper.decode.MAX_BLOCK_BYTES
 
 
 def test_angles_come_from_the_tables():
@@ -314,7 +348,7 @@ def test_what_steps_share(monkeypatch, capturing):
 
         return launch
 
-    for name, result in {"scores": (1, 2), "next_latents": 3, "code_sums": (4, 5), "combine": (6, 7)}.items():
+    for name, result in {"scores": (1, 2), "code_sums": (4, 5), "combine": (6, 7), "next_latents": 3}.items():
         monkeypatch.setattr(hopper.decode, name, launched(name, result))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(
@@ -324,7 +358,7 @@ def test_what_steps_share(monkeypatch, capturing):
     step = step_of(make_case(FITTING["plain"]))
     results = [hopper.attend(*step, 0.5, None) for _ in range(2)]
     assert results == [(6, 7, 3)] * 2
-    assert [name for name, _ in calls] == ["scores", "next_latents", "code_sums", "combine"] * 2
+    assert [name for name, _ in calls] == ["scores", "code_sums", "combine", "next_latents"] * 2
     (first, turns), (second, again) = (call[1][5:7] for call in calls[::4])
     assert first is second
     assert (turns is again) != capturing
@@ -347,6 +381,7 @@ def test_what_steps_share(monkeypatch, capturing):
                 "PLANES": 2,
                 "CUBIC": 2,
                 "EXACT": 4,
+                "LOADS": 0b11111111,
                 "QUERY": 2,
                 "SOFTCAP": 0,
             },
@@ -364,15 +399,16 @@ def test_what_steps_share(monkeypatch, capturing):
                 "PLANES": 2,
                 "CUBIC": 2,
                 "EXACT": 4,
+                "LOADS": 0b1001,
                 "QUERY": 0,
                 "SOFTCAP": 1,
             },
             {"wgmma_64": 64, "wgmma_columns": 48, "wgmma_8": 8},
         ),
-        ("next_latents", {"RANK": 64, "WIDTH": 64}, {"wgmma_width": 64}),
-        ("next_latents", {"RANK": 16, "WIDTH": 32}, {"wgmma_width": 32}),
-        ("next_latents", {"RANK": 0, "WIDTH": 16}, {"wgmma_width": 16}),
-        ("next_latents", {"RANK": 64, "WIDTH": 48}, {"wgmma_width": 48}),
+        ("next_latents", {"RANK": 64, "WIDTH": 64, "LATE": 1}, {"wgmma_width": 64}),
+        ("next_latents", {"RANK": 16, "WIDTH": 32, "LATE": 0}, {"wgmma_width": 32}),
+        ("next_latents", {"RANK": 0, "WIDTH": 16, "LATE": 1}, {"wgmma_width": 16}),
+        ("next_latents", {"RANK": 64, "WIDTH": 48, "LATE": 1}, {"wgmma_width": 48}),
         *(
             (
                 "code_sum",
@@ -387,7 +423,8 @@ def test_what_steps_share(monkeypatch, capturing):
                 (32, 1, 1, 0, 3, 6),
             ]
         ),
-        ("combine", {"QUERIES": 32, "DIM": 128}, {}),
+        ("combine", {"QUERIES": 32, "DIM": 128, "CHUNK": 144}, {}),
+        ("combine", {"QUERIES": 32, "DIM": 64, "CHUNK": 64}, {}),
     ],
 )
 def test_kernels_compile_without_spills_or_serialised_products(name, constants, products):

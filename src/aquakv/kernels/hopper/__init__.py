@@ -82,12 +82,14 @@ def attend(
     turns = _page_turns(arranged, rotary)
     with torch.cuda.device(query.device):
         pages = codes.key_pages, codes.table, codes.lengths
+        following = decode.empty_latents(codes.table, arranged) if operands.next_width else None
         scored, maxima = decode.scores(query.contiguous(), *pages, latents, arranged, turns, scaling, softcap)
-        following = decode.next_latents(*pages, latents, arranged) if operands.next_width else None
         means, totals = decode.code_sums(
             scored, maxima, codes.key_pages, codes.value_pages, codes.table, codes.lengths, latents, arranged
         )
         out, lse = decode.combine(means, totals, maxima, arranged)
+        if following is not None:
+            following = decode.next_latents(*pages, latents, arranged, following)
     return out, lse, following
 
 

@@ -37,10 +37,6 @@ static_assert(STAGES >= BUFFERS, "a page's stage is free once the teams have lef
 DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-DEVICE void load_transposed(u32 address, u32 (&to)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
-}
 // Two of them, 512 bytes apart, where `load` says so; what is there stays otherwise. No branch, which would part
 // asynchronous products.
 DEVICE void load_transposed_if(bool load, u32 address, u32 (&to)[2][4]) {
@@ -351,8 +347,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
                 const float factor = described[tile * 4 + warp].factor, middle = described[tile * 4 + warp].middle;
                 auto level = [&](float sum, float weight) { return fmaf(sum, factor, -middle * weight); };
                 const int slot = first_slot + tile * 64 + warp * 16 + 2 * group;
-                store(slot, query, level(sum[t][4 * i], weight.x) * x, level(sum[t][4 * i + 1], weight.y) * y);
-                store(slot + 1, query, level(sum[t][4 * i + 2], weight.x) * x, level(sum[t][4 * i + 3], weight.y) * y);
+                const float a = level(sum[t][4 * i], weight.x) * x, b = level(sum[t][4 * i + 1], weight.y) * y;
+                const float c = level(sum[t][4 * i + 2], weight.x) * x, d = level(sum[t][4 * i + 3], weight.y) * y;
+                if (GROUP == 4) {
+                    // Neighbouring threads have two members of a KV head each: one takes the slot, one the next.
+                    const u32 here = pack_half2(a, b), next = pack_half2(c, d);
+                    const u32 other = __shfl_xor_sync(0xFFFFFFFFu, quad & 1 ? here : next, 1);
+                    if (query < QUERY_HEADS)
+                        *(uint2*)(out + (query / 4 * slots + slot + (quad & 1)) * 8) = quad & 1 ? make_uint2(other, next) : make_uint2(here, other);
+                } else {
+                    store(slot, query, a, b);
+                    store(slot + 1, query, c, d);
+                }
             } else if (t == TILES - 1 && adds_latents && warp * 16 < RANK) {
                 const float2 mass = *(const float2*)(weight_sums + QUERIES + query);
                 const float u = mass.x > 0 ? 1.0f / mass.x : mass.x, v = mass.y > 0 ? 1.0f / mass.y : mass.y;

@@ -120,6 +120,17 @@ DEVICE void load_matrices(u32 address, u32 (&to)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address));
 }
+// The same, each transposed.
+DEVICE void load_transposed(u32 address, u32 (&to)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+// A product of 16 by 16 and 16 by 8, at once.
+DEVICE void multiply_add(float (&sum)[4], const u32 (&left)[4], u32 right, u32 other) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right), "r"(other));
+}
 
 // Where a sixteen-byte chunk of a token's latent lies: exchanged so that eight tokens lie in different banks.
 template <int RANKS>

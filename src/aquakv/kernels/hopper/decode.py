@@ -22,6 +22,7 @@ _CHUNK_BYTES = 64
 _CHUNKS_AHEAD = 2  # of a table's end
 _LATENT_TEAMS, _MAX_LATENT_STAGES, _MAX_SUM_STAGES = 4, 8, 6
 _SUM_BUFFERS = 3  # of a page's weights
+_COMBINED_BYTES = 64 * 1024  # of a block's rows
 _LOG2_E = 1.4426950408889634
 _QUERY_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _finished: dict[tuple[int, int, int], Tensor] = {}
@@ -64,6 +65,7 @@ def scores(
         "PLANES": operands.score_planes.shape[1],
         "CUBIC": operands.cubic_fields,
         "EXACT": operands.exact_fields,
+        "LOADS": operands.plane_loads,
         "RANK": rank,
         "TEAMS": _SCORE_TEAMS,
         "QUERY": _QUERY_KINDS[query.dtype],
@@ -123,10 +125,30 @@ def score_shared_bytes(operands: HopperOperands) -> int:
     return images + _SCORE_TEAMS * own + rest
 
 
+def empty_latents(table: Tensor, operands: HopperOperands) -> Tensor:
+    """Return room for the next layer's latents."""
+    rows, num_pages = table.shape
+    width = operands.plain.next_width
+    return torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
+
+
 def next_latents(
-    key_pages: Tensor, table: Tensor, lengths: Tensor, latents: Tensor | None, operands: HopperOperands
+    key_pages: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    latents: Tensor | None,
+    operands: HopperOperands,
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """Return the next layer's latents, ``[rows, pages * 64, next_width]`` float16."""
+    """Return the next layer's latents, ``[rows, pages * 64, next_width]`` float16.
+
+    Parameters
+    ----------
+    beside
+        Where to put them, if the launch before this one on the stream is `combine` of the same step: both run
+        side by side then. It must be from `empty_latents` before the step's first launch, as memory that was
+        freed since may still be in use.
+    """
     plain = operands.plain
     rows, num_pages = table.shape
     width, rank = plain.next_width, plain.latent_width
@@ -135,10 +157,10 @@ def next_latents(
     stages = min(_MAX_LATENT_STAGES, (MAX_BLOCK_BYTES - fixed) // (record + 8))
     teams = min(_LATENT_TEAMS, stages)
     stages -= stages % teams
-    out = torch.empty(rows, num_pages * PAGE_TOKENS, width, dtype=torch.float16, device=table.device)
+    out = empty_latents(table, operands) if beside is None else beside
     run = kernel(
         "next_latents",
-        {"RANK": rank, "WIDTH": width, "DEPENDENT": 1},
+        {"RANK": rank, "WIDTH": width, "LATE": int(beside is not None), "DEPENDENT": 1},
         {"wgmma_width": width},
         MAX_BLOCK_BYTES,
         table.device,
@@ -282,21 +304,30 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
     rows, splits, heads, slots, members = means.shape
     query_heads = maxima.shape[1]
     group, dim = query_heads // heads, plain.head_dim
-    chunks = -(-slots // 128)
-    shared = 4 * (splits * 3 * members + 2 * 128 * members + 256 // (dim // 2) * group * dim)
+    chunk = combined_slots(multiprocessors(means.device), heads, slots)
+    chunks = -(-slots // chunk)
+    block_rows, shared = combined_rows(rows, splits, members, chunk, dim)
     run = kernel(
         "combine",
-        {"KV_HEADS": heads, "GROUP": group, "QUERIES": totals.shape[3], "DIM": dim, "DEPENDENT": 1},
+        {
+            "KV_HEADS": heads,
+            "GROUP": group,
+            "QUERIES": totals.shape[3],
+            "DIM": dim,
+            "CHUNK": chunk,
+            "DEPENDENT": 1,
+        },
         {},
-        64 * 1024,
+        MAX_BLOCK_BYTES - 1024,  # it has a flag of its own beside that
         means.device,
     )
+    row_blocks = -(-rows // block_rows)
     parts = torch.empty(rows, heads, chunks, group, dim, dtype=torch.float32, device=means.device)
     out = torch.empty(rows, query_heads, dim, dtype=torch.float32, device=means.device)
     lse = torch.empty(rows, query_heads, dtype=torch.float32, device=means.device)
     run(
-        (chunks * heads, rows),
-        256,
+        (chunks * heads, row_blocks),
+        32 * max(8, chunk // 16),
         shared,
         [
             means,
@@ -305,9 +336,11 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
             operands.epilogue,
             plain.epilogue_offset,
             parts,
-            _counters(rows * heads, means.device),
+            _counters(row_blocks * heads, means.device),
             out,
             lse,
+            rows,
+            block_rows,
             slots,
             plain.keys.chunks * 64,
             plain.values.chunks * 64,
@@ -317,6 +350,21 @@ def combine(means: Tensor, totals: Tensor, maxima: Tensor, operands: HopperOpera
         dependent=True,
     )
     return out, lse
+
+
+def combined_slots(processors: int, heads: int, slots: int) -> int:
+    """Return how many slots a block of `combine` takes: few, yet no multiprocessor has a second block."""
+    steps = -(-slots // 16)
+    fewest = -(-steps // max(1, processors // heads))
+    return 16 * min(max(fewest, 4), 12)
+
+
+def combined_rows(rows: int, splits: int, members: int, chunk: int, dim: int) -> tuple[int, int]:
+    """Return how many rows a block of `combine` takes, and its shared memory: so little that two fit."""
+    row = splits * (chunk * members * 2 + 12 * members) + 8 * (2 * chunk + 16) + 4 * members
+    most = max(1, _COMBINED_BYTES // row)
+    block_rows = -(-rows // -(-rows // most))
+    return block_rows, chunk * (2 * dim + 16) + block_rows * row + 16
 
 
 def splits_in_one_round(device: torch.device, programs: int, pages: int) -> int:

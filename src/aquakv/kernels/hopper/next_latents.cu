@@ -13,7 +13,11 @@
 //
 // Sums are 2^exponent times what they stand for, so that the matrices' largest entries are near the largest half.
 //
-// Compile-time numbers: RANK, WIDTH (of the next latent).
+// With LATE the kernel before is one that needs nothing from this one nor has anything for it, and that began only when
+// all kernels before it had ended: this kernel runs beside it, waits for it at its own end, and only then lets the
+// next one start, so that whoever waits for this kernel has waited for both.
+//
+// Compile-time numbers: RANK, WIDTH (of the next latent), LATE.
 
 constexpr int TEAMS = 4, THREADS = 128 * TEAMS;
 constexpr int LATENT_STEPS = RANK / 16;
@@ -94,8 +98,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) next_latents_kernel(
     // This thread's columns: runs of eight, and one of four if the width is not a multiple of 32.
     const float* middle = (const float*)(shared + constants_at);
     auto column = [&](int t) { return t / 4 * 32 + (t / 4 * 4 + 4 <= WIDTH / 8 ? 8 : 4) * quad + 2 * (t % 4); };
+#if !LATE
     depend_on_previous();
     let_next_start();
+#endif
     __syncthreads();
 
     u32 latent[LATENT_STEPS + (RANK == 0)][4];
@@ -269,4 +275,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) next_latents_kernel(
                 *(uint2*)(to + column(WIDTH / 8 - 2) * 2) = make_uint2(packed[WIDTH / 8 - 2], packed[WIDTH / 8 - 1]);
         }
     }
+#if LATE
+    depend_on_previous();
+    let_next_start();
+#endif
 }

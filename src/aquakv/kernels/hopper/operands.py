@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aquakv.errors import ConfigError
-from aquakv.kernels.hopper.order import cubic_tiles, latent_order, sum_order
+from aquakv.kernels.hopper.order import cubic_tiles, latent_order, score_order, sum_order
 from aquakv.kernels.operands import CHUNK_SLOTS, DecodeOperands, rotary_order
 from aquakv.kernels.pages import FIELD_COLUMNS, PAGE_TOKENS, PLANE_BYTES, Field, PageLayout, level_slopes
 from aquakv.kernels.rotary import PageRotary
@@ -61,6 +61,8 @@ class HopperOperands:
     cubic_fields, exact_fields
         Fields of a head whose levels may be unequally spaced, and those whose codes may have to be numbers
         before they are centred, as 1024 plus half a number is no half: the first ones.
+    plane_loads
+        Bit by bit which fields of a head are not in the plane of the field after them, with any head.
     latent_images, latent_constants
         uint8: innovation and transition; ``[2, next_width]`` float32: what the codes that are level 0 add up
         to where they are used as they are, and the offset. None at the last layer.
@@ -87,6 +89,7 @@ class HopperOperands:
     field_order: list[list[int]]
     cubic_fields: int
     exact_fields: int
+    plane_loads: int
     latent_images: Tensor | None
     latent_constants: Tensor | None
     latent_fields: Tensor
@@ -135,13 +138,17 @@ class HopperOperands:
         gains = level_slopes(table)[1]
         own_fields: list[list[Field]] = []
         order_of_fields: list[list[int]] = []
-        cubic = exact = 0
+        cubic = exact = loads = 0
         for head in range(heads):
             found = table.group_fields(head)
             kinds = [0 if gains[f.coefficients[0]] != 0 else 1 if f.shift == 0 else 2 for f in found]
-            by_kind = sorted(range(len(found)), key=kinds.__getitem__)
+            by_kind = score_order(kinds, [f.plane for f in found])
             order_of_fields.append(by_kind)
             own_fields.append([found[i] for i in by_kind])
+            for number, i in enumerate(by_kind):
+                following = by_kind[number + 1 : number + 2]
+                if not following or found[i].plane != found[following[0]].plane:
+                    loads |= 1 << number
             cubic, exact = max(cubic, kinds.count(0)), max(exact, kinds.count(0) + kinds.count(1))
             for place, i in enumerate(by_kind):
                 part = plain.score_synthesis[head, i * FIELD_COLUMNS : (i + 1) * FIELD_COLUMNS]
@@ -214,6 +221,7 @@ class HopperOperands:
             order_of_fields,
             cubic,
             exact,
+            loads | 1 << head_fields - 1,
             latent,
             constants,
             latent_fields,

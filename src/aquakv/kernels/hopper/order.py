@@ -18,6 +18,24 @@ LINEAR_WIDTH = 2
 SUM_TEAMS, WARPS = 3, 4
 
 
+def score_order(kinds: Sequence[int], planes: Sequence[int]) -> list[int]:
+    """Return the order of a head's fields for its scores: by kind, and from the last to the first by planes.
+
+    Parameters
+    ----------
+    kinds, planes
+        Of every field.
+    """
+    taken: list[int] = []
+    for kind in sorted(set(kinds), reverse=True):
+        later = {plane for plane, own in zip(planes, kinds, strict=True) if own < kind}
+        present = planes[taken[-1]] if taken else -1
+        # Goes on with the plane that is at hand, and ends with one that the kinds to come need.
+        ranks = [(plane != present, plane in later, plane) for plane in planes]
+        taken += sorted((i for i, own in enumerate(kinds) if own == kind), key=ranks.__getitem__)
+    return taken[::-1]
+
+
 def latent_order(fields: Sequence[Field]) -> tuple[list[int], int]:
     """Return the order in which the next latent is computed, and the number of general chunks.
 

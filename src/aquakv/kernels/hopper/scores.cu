@@ -14,7 +14,8 @@
 //
 // Compile-time numbers: KV_HEADS, GROUP (query heads of a KV head, at most 4), DIM, FAST, SLOW (padded to 16),
 // FIELDS and PLANES (of a head, at most), CUBIC (the first fields, which alone may have cubic levels), EXACT (the
-// first fields, which alone may need their codes before they are centred), RANK (0 or a power of two), TEAMS
+// first fields, which alone may need their codes before they are centred), LOADS (bit f: field f is not in the plane of
+// field f + 1, with some head), RANK (0 or a power of two), TEAMS
 // (warpgroups), QUERY (0 float32, 1 float16, 2 bfloat16), SOFTCAP.
 
 constexpr int CODE_STEPS = FIELDS;             // products of 16 slots each
@@ -33,6 +34,7 @@ constexpr int THREADS = 128 * TEAMS;
 constexpr int CODE_CHUNKS = PLANES * 16 + 2;   // of 16 bytes, for 16 tokens: planes, scales, attended bits
 constexpr int CODE_ROUNDS = (CODE_CHUNKS + 31) / 32;
 constexpr int LATENT_CHUNKS = RANK / 8 > 0 ? RANK / 8 : 1;  // of a token
+constexpr int OFFSET_ROUNDS = (8 * 64 + THREADS - 1) / THREADS, QUERY_ROUNDS = (4 * PAIRS * 2 + THREADS - 1) / THREADS;
 constexpr int WARP_BYTES = (16 * RANK * 2 + CODE_CHUNKS * 16 + 127) / 128 * 128;
 
 struct Shared {
@@ -98,7 +100,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     const u32 barrier = base + Rest::barrier;
     constexpr u32 synthesis_bytes = BLOCKS * TILES * 1024, slow_bytes = BLOCKS * 8 * 1024;
     constexpr u32 image_bytes = synthesis_bytes + slow_bytes;
-    const int length = lengths[row], used = (length + 63) >> 6;
+    const int length = __ldg(lengths + row);
+    // All that is read of tables, asked for at once.
+    const u32 field_word = threadIdx.x < FIELDS * 8 ? __ldg((const u32*)(fields + head * FIELDS) + threadIdx.x) : 0;
+    int plane[CODE_ROUNDS];
+#pragma unroll
+    for (int i = 0; i < CODE_ROUNDS; i++)
+        plane[i] = 32 * i + lane < PLANES * 16 ? __ldg(planes + head * PLANES + (32 * i + lane) / 16) : -1;
+    float slow_offsets[OFFSET_ROUNDS], slow_angles[OFFSET_ROUNDS], fast_offsets[2];
+#pragma unroll
+    for (int k = 0; k < OFFSET_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, column = i / 64, coordinate = i % 64;
+        const bool there = column < 4 && coordinate < SLOW;
+        slow_offsets[k] = there ? __ldg(offsets + (head * PAIRS + FAST_PAIRS) * 2 + coordinate) : 0;
+        slow_angles[k] = there ? __ldg(angles + FAST_PAIRS + coordinate / 2) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        // Of tile t: coordinate t % 2 of the pairs 8 * (t / 2) + 2 * quad and the next.
+        const int t = threadIdx.x % TILES, pair = t / 2 * 8 + threadIdx.x / TILES * 2 + k;
+        fast_offsets[k] = threadIdx.x < FAST / 2 ? __ldg(offsets + (head * PAIRS + pair) * 2 + t % 2) : 0;
+    }
+    int query_places[QUERY_ROUNDS];
+    float query_angles[QUERY_ROUNDS];
+#pragma unroll
+    for (int k = 0; k < QUERY_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, member = i / (PAIRS * 2);
+        query_places[k] = member < GROUP ? __ldg(pair_order + i % (PAIRS * 2)) : -1;
+        query_angles[k] = __ldg(angles + i % (PAIRS * 2) / 2);
+    }
+    const int used = (length + 63) >> 6;
     const int begin = int(long(split) * used / splits), end = split < splits ? int(long(split + 1) * used / splits) : begin;
     const int* own_table = table + long(row) * num_pages;
 
@@ -111,6 +142,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         bulk_copy(base + Shared::synthesis, operands + long(head) * image_bytes, image_bytes, barrier);
         bulk_copy(base + Shared::turns, offset_turns, TILES / 2 * 2048, barrier);
     }
+    // The same number, by a way that the compiler does not see through: kept in a register, where it would be computed
+    // anew for every page.
+    auto pinned = [&](u32 x) { return __shfl_sync(0xFFFFFFFFu, x, lane); };
     // What this thread copies of every page: chunks of its warp's tokens.
     const u32 own_latents_at = own_base + Own::warps + warp * WARP_BYTES, own_codes_at = own_latents_at + 16 * RANK * 2;
     int source[CODE_ROUNDS];
@@ -119,24 +153,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         const int chunk = 32 * i + lane;
         source[i] = -1;
         if (chunk < PLANES * 16) {
-            const int plane = planes[head * PLANES + chunk / 16];
-            if (plane >= 0) source[i] = plane + (warp * 16 + chunk % 16) * 16;
+            if (plane[i] >= 0) source[i] = plane[i] + (warp * 16 + chunk % 16) * 16;
         } else if (chunk == PLANES * 16) {
             source[i] = record_bytes - 80 + warp * 16;
         } else if (chunk == PLANES * 16 + 1) {
             source[i] = record_bytes - 16;
         }
+        asm volatile("" : "+r"(source[i]));
     }
     int following = begin < end ? __ldg(own_table + begin) : 0;  // record of the next page to copy
-    auto copy_codes = [&](int page) {
+    const u32 codes_to = pinned(own_codes_at + lane * 16);
+    auto copy_codes = [&] {
         const u8* record = pages + long(following) * record_bytes;
-        following = __ldg(own_table + min(page + 1, last_page));
 #pragma unroll
         for (int i = 0; i < CODE_ROUNDS; i++)
-            if (source[i] >= 0) copy_chunk(own_codes_at + (32 * i + lane) * 16, record + source[i]);
+            if (source[i] >= 0) copy_chunk(codes_to + 512 * i, record + source[i]);
     };
     const u8* next_latents = latents + (long(row) * num_pages * 64 + long(begin) * 64 + warp * 16) * RANK * 2 + lane * 16;
-    const u32 latents_to = own_latents_at + latent_place<RANK>(lane / LATENT_CHUNKS, lane % LATENT_CHUNKS);
+    const u32 latents_to = pinned(own_latents_at + latent_place<RANK>(lane / LATENT_CHUNKS, lane % LATENT_CHUNKS));
     auto copy_latents = [&] {
 #pragma unroll
         for (int i = 0; i < RANK / 16; i++)  // RANK is a power of two; with 64 every other four tokens differ in place
@@ -149,27 +183,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             copy_chunk(own_base + Own::turns + i * 16, page_turns + (long(row) * num_pages + page) * PAIRS + i % (PAIRS / 2) * 2);
         }
     };
-    if (begin < end) copy_codes(begin);
-    for (int i = threadIdx.x; i < FIELDS * 8; i += THREADS)
-        ((u32*)(shared + Rest::fields))[i] = ((const u32*)(fields + head * FIELDS))[i];
+    if (begin < end) copy_codes();
+    following = __ldg(own_table + min(begin + 1, last_page));
+    if (threadIdx.x < FIELDS * 8) ((u32*)(shared + Rest::fields))[threadIdx.x] = field_word;
     // Offsets of slow coordinates as columns of a right operand: as they are and times minus the square of the angle,
     // each as a half and what it leaves.
-    for (int i = threadIdx.x; i < 8 * 64; i += THREADS) {
-        const int column = i / 64, coordinate = i % 64;
-        float value = 0;
-        if (column < 4 && coordinate < SLOW) {
-            const float angle = angles[FAST_PAIRS + coordinate / 2];
-            value = offsets[(head * PAIRS + FAST_PAIRS) * 2 + coordinate] * (column < 2 ? 1.0f : -angle * angle);
-            if (column % 2) value -= low_float(pack_half2(value, value));
-        }
-        *(unsigned short*)(shared + Shared::slow_offset + swizzle128(column, coordinate * 2)) = (unsigned short)pack_half2(value, value);
+#pragma unroll
+    for (int k = 0; k < OFFSET_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, column = i / 64, coordinate = i % 64;
+        float value = slow_offsets[k] * (column < 2 ? 1.0f : -slow_angles[k] * slow_angles[k]);
+        if (column % 2) value -= low_float(pack_half2(value, value));
+        if (i < 8 * 64)
+            *(unsigned short*)(shared + Shared::slow_offset + swizzle128(column, coordinate * 2)) = (unsigned short)pack_half2(value, value);
     }
-    for (int i = threadIdx.x; i < FAST / 2; i += THREADS) {
-        // Of tile t: coordinate t % 2 of the pairs 8 * (t / 2) + 2 * quad and the next.
-        const int t = i % TILES;
-        const float* from = offsets + (head * PAIRS + t / 2 * 8 + i / TILES * 2) * 2 + t % 2;
-        ((u32*)(shared + Rest::fast_offset))[i] = pack_half2(from[0], from[2]);
-    }
+    if (threadIdx.x < FAST / 2) ((u32*)(shared + Rest::fast_offset))[threadIdx.x] = pack_half2(fast_offsets[0], fast_offsets[1]);
     // Odd columns of the query stay zero, so that a thread's first column is its query head.
     for (int i = thread; i < SLOTS * QUERY_BLOCKS * 256; i += 128) ((u32*)(own + Own::query))[i] = 0;
     depend_on_previous();
@@ -178,17 +205,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         copy_turns(begin);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
-    for (int i = threadIdx.x; i < 4 * PAIRS * 2; i += THREADS) {
-        const int member = i / (PAIRS * 2), coordinate = pair_order[i % (PAIRS * 2)];
-        const int pair = i % (PAIRS * 2) / 2, which = i % 2;
-        float value = 0;
-        if (member < GROUP && coordinate >= 0)
-            value = query_factor * load_query(query, (long(row * KV_HEADS + head) * GROUP + member) * DIM + coordinate);
+    float query_values[QUERY_ROUNDS];
+#pragma unroll
+    for (int k = 0; k < QUERY_ROUNDS; k++) {
+        const int member = (threadIdx.x + k * THREADS) / (PAIRS * 2), place = query_places[k];
+        query_values[k] = place >= 0 ? load_query(query, (long(row * KV_HEADS + head) * GROUP + member) * DIM + place) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < QUERY_ROUNDS; k++) {
+        const int i = threadIdx.x + k * THREADS, member = i / (PAIRS * 2), pair = i % (PAIRS * 2) / 2, which = i % 2;
+        const float value = query_factor * query_values[k];
+        if (member >= 4) break;
         if (pair < FAST_PAIRS) {
             ((float*)(shared + Rest::fast_query))[(member * FAST_PAIRS + pair) * 2 + which] = value;
         } else {
             // The derivative by the offset: turned by a right angle, times the pair's angle.
-            const float angle = angles[pair];
+            const float angle = query_angles[k];
             float* to = (float*)(shared + Rest::slow_query) + (member * 2 * SLOW_PAIRS + pair - FAST_PAIRS) * 2;
             to[which] = value;
             to[2 * SLOW_PAIRS + 1 - which] = which ? angle * value : -angle * value;
@@ -197,16 +229,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     __syncthreads();
 
     // Where this thread's tokens are: rows `first` and `first + 8` of a page.
-    const int first = warp * 16 + group;
+    const int first = pinned(warp * 16 + group);
     const u32 described = base + Rest::fields;
-    float* out = scores + (long(row) * num_pages * KV_HEADS + head) * GROUP * 64 + quad * 64 + first;
+    constexpr int PAGE_SCORES = KV_HEADS * GROUP * 64;
+    float* out = scores + ((long(row) * num_pages + begin) * KV_HEADS + head) * GROUP * 64 + quad * 64 + first;
     float largest = -INFINITY;
 
     barrier_wait(barrier, 0);
 
     const u32 synthesis = descriptor_low(base + Shared::synthesis);
     const u32 absorbed_by_page = descriptor_low(own_base + Own::absorbed), query_by_page = descriptor_low(own_base + Own::query);
-    const u32 latents_from = own_latents_at + latent_place<RANK>(lane & 15, lane >> 4);
+    const u32 latents_from = pinned(own_latents_at + latent_place<RANK>(lane & 15, lane >> 4));
+    // What this thread reads of every page and of tables, in shared memory.
+    const u32 cells = pinned(own_codes_at + group * 16 + quad * 4);
+    const u32 offsets_at = pinned(base + Rest::fast_offset + quad * TILES * 4);
+    const u32 tails = pinned(own_codes_at + PLANES * 256 + group);
+    const u32 turns_at = pinned(base + Shared::turns + thread * 16);
     auto slot_of = [&](int page) {
         const int turn = (page - begin) & (2 * BATCH - 1);
         return turn == 2 * BATCH - 1 ? BATCH : turn & (BATCH - 1);
@@ -214,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
     // Of the page before: coordinates as pairs of halves, part of the slow ones, scale, whether tokens are seen.
     u32 coordinates[TILES / 2][4], inverse[2] = {0, 0};
     float smooth[4] = {0, 0, 0, 0}, scale[2] = {0, 0}, score[4];
-    bool seen[2] = {false, false};
+    u32 seen = 0;  // bits 0 and 8
 #pragma unroll
     for (int t = 0; t < TILES / 2; t++)
 #pragma unroll
@@ -224,9 +262,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
 #pragma unroll
         for (int t = 0; t < TILES / 2; t++) {
             uint4 turn;
-            load_shared(base + Shared::turns + (t * 128 + thread) * 16, turn.x, turn.y, turn.z, turn.w);
+            load_shared(turns_at + t * 2048, turn.x, turn.y, turn.z, turn.w);
             uint2 offset;
-            load_shared(base + Rest::fast_offset + (quad * TILES + 2 * t) * 4, offset.x, offset.y);
+            load_shared(offsets_at + 8 * t, offset.x, offset.y);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const u32 a = hfma2(offset.x, inverse[j], coordinates[t][j]), b = hfma2(offset.y, inverse[j], coordinates[t][2 + j]);
@@ -244,27 +282,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
         for (int t = 0; t < TILES / 2; t++) wgmma_8(score, coordinates[t], descriptor(right + t / 4 * 64 + 2 * (t % 4)), t > 0);
         wgmma_commit();
     };
-    auto finish = [&](int page) {
+    // What its products and scales say of a page's scores, and the rest, which is put off until other products run.
+    float coded[2] = {0, 0};
+    u32 coded_seen = 0;
+    auto settle = [&] {
         keep(score);
 #pragma unroll
         for (int t = 0; t < TILES / 2; t++) keep(coordinates[t]);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float x = (float(first + 8 * j) - 31.5f) * (1.0f / 32.0f);
+            coded[j] = scale[j] * fmaf(smooth[2 * j + 1], x, smooth[2 * j] + score[2 * j]);
+        }
+        coded_seen = seen;
+    };
+    auto finish = [&](int page, bool there) {
         if (quad < GROUP) {
             u32 p[4];
             load_shared(own_base + Own::polynomial + (slot_of(page) * 4 + quad) * 16, p[0], p[1], p[2], p[3]);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float x = (float(first + 8 * j) - 31.5f) * (1.0f / 32.0f);
-                float s = scale[j] * fmaf(smooth[2 * j + 1], x, smooth[2 * j] + score[2 * j]);
                 const float high = fmaf(__uint_as_float(p[3]), x, __uint_as_float(p[2]));
-                s += fmaf(fmaf(high, x, __uint_as_float(p[1])), x, __uint_as_float(p[0]));
+                float s = coded[j] + fmaf(fmaf(high, x, __uint_as_float(p[1])), x, __uint_as_float(p[0]));
 #if SOFTCAP
                 s = softcap * 1.4426950408889634f * tanhf(s / softcap);
 #endif
-                s = seen[j] ? s : -INFINITY;
-                if (page >= begin) out[long(page) * (KV_HEADS * GROUP * 64) + 8 * j] = s;
-                largest = fmaxf(largest, s);
+                s = coded_seen >> (8 * j) & 1 ? s : -INFINITY;
+                if (there) {
+                    out[8 * j] = s;
+                    largest = fmaxf(largest, s);
+                }
             }
         }
+        if (there) out += PAGE_SCORES;
     };
 
     for (int start = begin; start < end; start += BATCH) {
@@ -348,34 +399,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             asm volatile("cp.async.wait_group 0;" ::: "memory");
             __syncwarp();  // the warp's codes and latents are there
             u32 scale_codes[2], attended;
-            load_shared_byte(own_codes_at + PLANES * 256 + group, scale_codes[0]);
-            load_shared_byte(own_codes_at + PLANES * 256 + group + 8, scale_codes[1]);
+            load_shared_byte(tails, scale_codes[0]);
+            load_shared_byte(tails + 8, scale_codes[1]);
             load_shared(own_codes_at + PLANES * 256 + 16 + (warp >> 1) * 4, attended);
             attended >>= first & 31;
-            u32 latent[LATENT_STEPS + (RANK == 0)][4];
+            const u32 absorbed = absorbed_by_page + (page - start) * BLOCKS * 64;
+            float sum[FAST / 2], still[4];
+            u32 codes[CODE_STEPS][4], latent[LATENT_STEPS + (RANK == 0)][4], words[2];
+            keep(sum);
+            keep(still);
+            auto multiply = [&](const u32 (&left)[4], int step, bool add) {
+                wgmma_columns(sum, left, descriptor(synthesis + step / 4 * TILES * 64 + 2 * (step % 4)), add);
+                wgmma_8(still, left, descriptor(absorbed + step / 4 * 64 + 2 * (step % 4)), add);
+            };
+            // From the last field to the first, whose levels take longest: the products of half the fields run while
+            // the other half is unpacked, and theirs while the latents are scaled and the next page is asked for.
 #pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++)
-                load_matrices(latents_from ^ (k << 5), latent[k]);
-            const u32 cells = own_codes_at + group * 16 + quad * 4;
-            u32 codes[CODE_STEPS][4];
+            for (int part = 1; part >= 0; part--) {
+                constexpr int HALF = CODE_STEPS / 2;
 #pragma unroll
-            for (int f = 0; f < CODE_STEPS; f++) {
-                // In this order: all descriptions at once are more than registers hold.
-                Field field;
-                load_shared(described + 32 * f, field.offset, field.mask, field.unit, field.centre);
-                if (f < CUBIC) load_shared(described + 32 * f + 16, field.gain);
-                u32 words[2];
-                load_shared(cells + field.offset, words[0]);
-                load_shared(cells + field.offset + 128, words[1]);
+                for (int f = CODE_STEPS - 1; f >= 0; f--) {
+                    if ((f >= HALF) != (part == 1)) continue;
+                    // In this order: all descriptions at once are more than registers hold.
+                    Field field;
+                    load_shared(described + 32 * f, field.offset, field.mask, field.unit, field.centre);
+                    if (f < CUBIC) load_shared(described + 32 * f + 16, field.gain);
+                    if (LOADS >> f & 1) {
+                        load_shared(cells + field.offset, words[0]);
+                        load_shared(cells + field.offset + 128, words[1]);
+                    }
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    u32 low, high;
-                    if (f < EXACT) unpack_centred(words[j], field, low, high);
-                    else unpack_at_once(words[j], field, low, high);
-                    if (f < CUBIC) low = cubic(low, field.gain), high = cubic(high, field.gain);
-                    codes[f][j] = low;
-                    codes[f][2 + j] = high;
+                    for (int j = 0; j < 2; j++) {
+                        u32 low, high;
+                        if (f < EXACT) unpack_centred(words[j], field, low, high);
+                        else unpack_at_once(words[j], field, low, high);
+                        if (f < CUBIC) low = cubic(low, field.gain), high = cubic(high, field.gain);
+                        codes[f][j] = low;
+                        codes[f][2 + j] = high;
+                    }
+                    keep(codes[f]);
                 }
+                wgmma_fence();
+#pragma unroll
+                for (int f = CODE_STEPS - 1; f >= 0; f--)
+                    if ((f >= HALF) == (part == 1)) multiply(codes[f], f, f < CODE_STEPS - 1);
+                wgmma_commit();
+                if (part == 1) finish(page - 2, page - 2 >= begin && page > start);
             }
             u32 own_inverse[2];
 #pragma unroll
@@ -383,38 +452,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
                 const float one = inverse_scale(scale_codes[j]);
                 own_inverse[j] = pack_half2(one, one);
             }
-            __syncwarp();  // they have been read
+            if (RANK > 0) {
+#pragma unroll
+                for (int k = 0; k < LATENT_STEPS; k++) load_matrices(latents_from ^ (k << 5), latent[k]);
+#pragma unroll
+                for (int k = 0; k < LATENT_STEPS; k++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) latent[k][i] = hmul2(latent[k][i], own_inverse[i % 2]);
+                    keep(latent[k]);
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < LATENT_STEPS; k++) multiply(latent[k], CODE_STEPS + k, true);
+                wgmma_commit();
+            }
+            __syncwarp();  // codes and latents have been read
             if (page + 1 < end) {
-                copy_codes(page + 1);
+                copy_codes();
                 copy_latents();
             }
+            following = __ldg(own_table + min(page + 2, last_page));
             asm volatile("cp.async.commit_group;" ::: "memory");
-#pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) latent[k][i] = hmul2(latent[k][i], own_inverse[i % 2]);
-
-            float sum[FAST / 2], still[4];
-            keep(sum);
-            keep(still);
-            const u32 absorbed = absorbed_by_page + (page - start) * BLOCKS * 64;
-#pragma unroll
-            for (int f = 0; f < CODE_STEPS; f++) keep(codes[f]);
-#pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++) keep(latent[k]);
-            wgmma_fence();
-#pragma unroll
-            for (int f = 0; f < CODE_STEPS; f++) {
-                wgmma_columns(sum, codes[f], descriptor(synthesis + f / 4 * TILES * 64 + 2 * (f % 4)), f > 0);
-                wgmma_8(still, codes[f], descriptor(absorbed + f / 4 * 64 + 2 * (f % 4)), f > 0);
-            }
-#pragma unroll
-            for (int k = 0; k < LATENT_STEPS; k++) {
-                const int step = CODE_STEPS + k;
-                wgmma_columns(sum, latent[k], descriptor(synthesis + step / 4 * TILES * 64 + 2 * (step % 4)), true);
-                wgmma_8(still, latent[k], descriptor(absorbed + step / 4 * 64 + 2 * (step % 4)), true);
-            }
-            wgmma_commit();
             multiply_query(page - 1);
             wgmma_wait<0>();
             keep(sum);
@@ -423,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             for (int f = 0; f < CODE_STEPS; f++) keep(codes[f]);
 #pragma unroll
             for (int k = 0; k < LATENT_STEPS; k++) keep(latent[k]);
-            finish(page - 1);
+            settle();
 #pragma unroll
             for (int t = 0; t < TILES / 2; t++)
 #pragma unroll
@@ -434,14 +492,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_kernel(
             for (int j = 0; j < 2; j++) {
                 inverse[j] = own_inverse[j];
                 scale[j] = reciprocal(low_float(inverse[j]));
-                seen[j] = (attended >> (8 * j) & 1) != 0 && page * 64 + first + 8 * j < length;
             }
+            const int tokens = length - (page * 64 + first);  // from this thread's first one on
+            seen = attended & (tokens > 0 ? tokens > 8 ? 0x101u : 1u : 0u);
         }
+        finish(stop - 2, stop - 2 >= begin);  // before its polynomial's place is taken
     }
     if (begin < end) {
         multiply_query(end - 1);
         wgmma_wait<0>();
-        finish(end - 1);
+        settle();
+        finish(end - 1, true);
     }
     let_next_start();
 #pragma unroll
