@@ -78,15 +78,17 @@ types: install
 
 # Ours beside other methods on both demo models; goes on where it was interrupted. Hours on a CPU.
 grid: gemma
-	$(BIN)/aquakv eval grid benchmarks/grids/competitors.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
-		--out benchmarks/results/competitors.jsonl
+	@mkdir -p results
+	for grid in competitors needles multi_news; do \
+		$(BIN)/aquakv eval grid benchmarks/grids/$$grid.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out results/grid.jsonl || exit; \
+	done
 
 # The committed results as one page; what was tried on the way has docs/variants.md of its own.
 REPORTED := quality-demo competitors-demo
 report: install
 	@mkdir -p results
 	$(BIN)/aquakv report $(REPORTED:%=benchmarks/results/%.json) \
-		$(filter-out $(REPORTED:%=benchmarks/results/%.json) %/variants-demo.json,$(sort $(wildcard benchmarks/results/*.json))) \
+		$(filter-out $(REPORTED:%=benchmarks/results/%.json) %/variants-demo.json,$(sort $(wildcard benchmarks/results/*.json benchmarks/results/*.jsonl))) \
 		--out results/report.html
 
 # Quality needs WikiText-2: set DATA_DIR to a directory with wikitext2/{validation,test}.txt, or leave it to the Hub.

@@ -128,7 +128,7 @@ def other_models() -> str:
 
 def names(pattern: str) -> list[str]:
     """Return committed results whose names match."""
-    return sorted(path.stem for path in RESULTS.glob(f"{pattern}.json"))
+    return sorted(path.stem for path in RESULTS.glob(f"{pattern}.json*"))
 
 
 def quality_models() -> list[str]:
@@ -137,7 +137,11 @@ def quality_models() -> list[str]:
     for name in names("*"):
         for row in rows(name)[1]:
             if "relative_increase" in row and "model" in row:
-                found[{"demo": "SmolLM2-135M-Instruct"}.get(row["model"], row["model"])] = None
+                found[
+                    {"demo": "SmolLM2-135M-Instruct", "demo:gemma3-270m": "Gemma-3-270M"}.get(
+                        row["model"], row["model"]
+                    )
+                ] = None
     return sorted(found)
 
 
@@ -207,7 +211,7 @@ def devices() -> str:
             else "before this code"
         )
         cells = [
-            f"[{name}](../benchmarks/results/{name}.json)",
+            f"[{name}](../benchmarks/results/{next(RESULTS.glob(f'{name}.json*')).name})",
             content["device"],
             versions.get("torch", ""),
             versions.get("transformers", ""),
@@ -289,6 +293,8 @@ def parts() -> Iterable[str]:
         "lower one. All rows, and how methods were made: [competitors.md](competitors.md).\n\n"
         f"{best_at_each_rate()}"
     )
+    yield f"## Two models side by side with other methods\n\n{table['grid']()}"
+    yield f"## Memory by context on a GPU\n\n{table['memory']()}"
     yield f"## With tokens evicted\n\n{table['pruning']()}"
     yield f"## Speed and memory on a CPU\n\n{table['speed']()}"
     yield f"## Attention to codes on a GPU\n\n{table['kernels']()}"

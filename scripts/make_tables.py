@@ -20,6 +20,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def rows(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a benchmark's file and its rows; of a grid the first row stands for the file."""
+    path = RESULTS / f"{name}.jsonl"
+    if path.exists():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return lines[0], lines
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return content, content["rows"]
 
@@ -250,6 +255,46 @@ def end_to_end() -> str:
     return "\n".join(lines)
 
 
+#: The models of the grid, and what its columns call them.
+GRID_MODELS = {"demo": "SmolLM2", "demo:gemma3-270m": "Gemma 3"}
+
+
+def grid() -> str:
+    content, all_rows = rows("grid-h200")
+    titles = ["bits per value", "with exact tokens", "perplexity", "mean KL (nats)", "same top"]
+    needles = {(row["model"], row["method"]): row for row in all_rows if row["task"] == "needle"}
+    lines = [
+        f"| system | setting | model | {' | '.join(titles)} | numbers found |",
+        "| --- " * 9 + "|",
+    ]
+    measured = [row for row in all_rows if row["task"] == "perplexity" and row["bits_per_value"]]
+    order = {model: index for index, model in enumerate(GRID_MODELS)}
+    for row in sorted(measured, key=lambda row: (order[row["model"]], row["bits_per_value"])):
+        found = needles.get((row["model"], row["method"]))
+        cells = [
+            *system_and_setting(row["method"]),
+            GRID_MODELS[row["model"]],
+            f"{row['bits_per_value']:.2f}",
+            f"{row['bits_per_value_total']:.2f}",
+            f"{100 * row['relative_increase']:+.2f} %",
+            f"{row['mean_kl']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            "" if found is None else f"{100 * found['accuracy']:.0f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    first, needle = measured[0], next(iter(needles.values()))
+    lengths = ", ".join(map(str, needle["lengths"]))
+    lines += [
+        "",
+        f"{first['samples']} × {first['seq_len']} tokens of {first['data']}; fitted to "
+        f"{first['calibration']['samples'] * first['calibration']['seq_len']:,} tokens of "
+        f"{', '.join(first['calibration']['data'])}. Numbers found: hidden in {lengths} tokens of "
+        f"{needle['data']}, {needle['samples']} at each length and each of {len(needle['depths'])} depths. "
+        f"{first['dtype']}, {content['device']}.",
+    ]
+    return "\n".join(lines)
+
+
 def memory() -> str:
     content, all_rows = rows("memory-h200")
     lines = [
@@ -261,12 +306,15 @@ def memory() -> str:
         mebibytes = [
             f"{row[name] / 2**20:,.0f}" for name in ("held_bytes", "prefill_peak_bytes", "peak_bytes")
         ]
-        ratios = f"{row['peak_ratio_to_exact']:.3f} | {row['peak_bytes'] / row['held_bytes']:.2f}"
+        to_exact = row["peak_ratio_to_exact"]
+        ratios = (
+            f"{'' if to_exact is None else f'{to_exact:.3f}'} | {row['peak_bytes'] / row['held_bytes']:.2f}"
+        )
         lines.append(f"| {row['context']:,} | {row['contestant']} | {' | '.join(mebibytes)} | {ratios} |")
     first = next(row for row in all_rows if row["code_bytes"])
     lines += [
         "",
-        f"One sequence, fed in passes of {first['prefill_chunk']} tokens and then {first['steps']} singly; "
+        f"One sequence, fed in passes of {max(row['prefill_chunk'] for row in all_rows)} tokens and then {first['steps']} singly; "
         f"{first['bits_per_value']:.2f} bits per value. Peaks: the most that is allocated beside the "
         "weights, scratch and the cache included. 32 layers of Llama-3.1-8B's shapes, random weights, "
         f"{first['dtype']}; torch {content['versions']['torch']}, {content['device']}.",
@@ -319,6 +367,16 @@ SYSTEMS = {
 }
 
 
+def system_and_setting(method: str) -> tuple[str, str]:
+    """Return what a table calls a method that a grid or a benchmark names."""
+    name, _, setting = method.partition(":")
+    if setting:
+        bits, _, window = setting.partition("+")
+        return SYSTEMS[name], f"{bits} bit, our window" if window else f"{bits} bit"
+    preset, bits = name.split()
+    return f"**aquakv {preset}**", f"{bits} bit"
+
+
 def competitors() -> str:
     content, all_rows = rows("competitors-demo")
     lines = [
@@ -326,17 +384,8 @@ def competitors() -> str:
         "| --- " * 7 + "|",
     ]
     for row in sorted(all_rows, key=lambda row: row["bits_per_value"]):
-        name, _, setting = row["contestant"].partition(":")
-        if setting:
-            bits, _, window = setting.partition("+")
-            system = SYSTEMS[name]
-            setting = f"{bits} bit, our window" if window else f"{bits} bit"
-        else:
-            preset, bits = name.split()
-            system, setting = f"**aquakv {preset}**", f"{bits} bit"
         cells = [
-            system,
-            setting,
+            *system_and_setting(row["contestant"]),
             f"{row['bits_per_value']:.2f}",
             f"{row['bits_per_value_total']:.2f}" if row["bits_per_value_total"] else "",
             f"{100 * row['relative_increase']:+.2f} %",
@@ -495,6 +544,7 @@ TABLES = {
     "competitors": competitors,
     "end_to_end": end_to_end,
     "memory": memory,
+    "grid": grid,
     "calibration": calibration,
     "calibration_cpu": calibration_cpu,
     "calibration_precision": calibration_precision,

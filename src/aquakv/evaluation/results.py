@@ -33,7 +33,12 @@ def device_name() -> str:
 
 
 def git_sha() -> str | None:
-    """Return the commit of the source tree that this package runs from, with ``-dirty`` if it was changed."""
+    """Return the commit of the source tree that this package runs from, with ``-dirty`` if it was changed.
+
+    The environment variable AQUAKV_GIT_SHA says it for a tree that was copied, whatever git finds there.
+    """
+    if told := os.environ.get("AQUAKV_GIT_SHA"):
+        return told
     here = Path(__file__).resolve().parent
     try:
         top = _git(here, "rev-parse", "--show-toplevel")
@@ -42,7 +47,7 @@ def git_sha() -> str | None:
         changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", "src")
         return _git(here, "rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("AQUAKV_GIT_SHA")
+        return None
 
 
 def quality_fields(quality: Quality) -> dict[str, Any]:
