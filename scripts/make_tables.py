@@ -314,8 +314,8 @@ def memory() -> str:
     first = next(row for row in all_rows if row["code_bytes"])
     lines += [
         "",
-        f"One sequence, fed in passes of {max(row['prefill_chunk'] for row in all_rows)} tokens and then {first['steps']} singly; "
-        f"{first['bits_per_value']:.2f} bits per value. Peaks: the most that is allocated beside the "
+        f"One sequence, fed in passes of {all_rows[-1]['prefill_chunk']} tokens and then "
+        f"{first['steps']} singly; {first['bits_per_value']:.2f} bits per value. Peaks: the most that is allocated beside the "
         "weights, scratch and the cache included. 32 layers of Llama-3.1-8B's shapes, random weights, "
         f"{first['dtype']}; torch {content['versions']['torch']}, {content['device']}.",
     ]
