@@ -315,8 +315,9 @@ def memory() -> str:
     lines += [
         "",
         f"One sequence, fed in passes of {all_rows[-1]['prefill_chunk']} tokens and then "
-        f"{first['steps']} singly; {first['bits_per_value']:.2f} bits per value. Peaks: the most that is allocated beside the "
-        "weights, scratch and the cache included. 32 layers of Llama-3.1-8B's shapes, random weights, "
+        f"{first['steps']} singly; {first['bits_per_value']:.2f} bits per value. Peaks: the most that is "
+        "allocated beside the weights, scratch and the cache included. 32 layers of "
+        "Llama-3.1-8B's shapes, random weights, "
         f"{first['dtype']}; torch {content['versions']['torch']}, {content['device']}.",
     ]
     return "\n".join(lines)
