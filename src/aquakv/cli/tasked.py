@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aquakv.cli import measured, options
+from aquakv.evaluation.methods import Method
 from aquakv.evaluation.results import SCHEMA_VERSION, environment, write_json
 from aquakv.evaluation.tasks import Setting, Task
 from aquakv.files import require_writable
+from aquakv.models.loading import LoadedModel
+
+#: What `Task.evaluate` is.
+Evaluate = Callable[[LoadedModel, Mapping[str, Method], Setting], dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,11 @@ class Run:
     device: str
     json_out: Path | None
 
-    def measure(self, task: Task, unit: str) -> dict[str, Any]:
-        """Measure by a task; return the result, which is written too."""
+    def measure(self, task: Task, unit: str, evaluate: Evaluate | None = None, **more: Any) -> dict[str, Any]:
+        """Measure by a task; return the result, which is written too.
+
+        ``evaluate`` stands for the task's own; ``more`` is said in the result too.
+        """
         if self.json_out is not None:
             require_writable(self.json_out, "result")
         subject = measured.Subject.of(self.codec, self.baseline, self.text)
@@ -51,13 +59,15 @@ class Run:
         started = time.perf_counter()
         with options.progress_bar("Evaluating", unit) as report:
             setting = Setting(self.data_dir, self.batch_size, report)
-            fields = task.evaluate(loaded, {subject.name: subject.method}, setting)[subject.name]
+            found = (evaluate or task.evaluate)(loaded, {subject.name: subject.method}, setting)
+            fields = found[subject.name]
         result = {
             "schema_version": SCHEMA_VERSION,
             "command": f"eval {task.name}",
             "model": loaded.name,
             **subject.fields(),
             **dataclasses.asdict(task),
+            **more,
             "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
             **fields,
             "elapsed_s": round(time.perf_counter() - started, 3),

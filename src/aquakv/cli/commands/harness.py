@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from aquakv.cli import measured, options
+from aquakv.cli.tasked import Run
 from aquakv.evaluation.harness import GSM8K_VARIANTS, LONGBENCH_TASKS
 from aquakv.evaluation.harness.installed import quiet_harness
-from aquakv.evaluation.results import SCHEMA_VERSION, environment, write_json
 from aquakv.evaluation.tasks import GSM8K, LmEval, LongBench, Setting
 from aquakv.evaluation.tasks.harness import HarnessTask
-from aquakv.files import require_writable
 
 _Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task. [default: all]")]
 _MaxLength = Annotated[
@@ -92,9 +89,9 @@ def longbench(
         file=None if file is None else str(file),
     )
     text = measured.CalibrationText(calibration_data, calibration_samples, calibration_seq_len, data_dir)
-    subject = measured.Subject.of(codec, baseline_name, text)
+    run = Run(model, codec, baseline_name, text, data_dir, batch_size, dtype, device, json_out)
     data = [str(file)] if file is not None else [f"longbench/{name}" for name in task.names]
-    _run(task, model, subject, Setting(data_dir, batch_size), data, dtype, device, json_out)
+    _run(task, run, data)
 
 
 def gsm8k(
@@ -128,8 +125,8 @@ def gsm8k(
         variant=variant,
     )
     text = measured.CalibrationText(calibration_data, calibration_samples, calibration_seq_len, data_dir)
-    subject = measured.Subject.of(codec, baseline_name, text)
-    _run(task, model, subject, Setting(data_dir, batch_size), ["gsm8k:test"], dtype, device, json_out)
+    run = Run(model, codec, baseline_name, text, data_dir, batch_size, dtype, device, json_out)
+    _run(task, run, ["gsm8k:test"])
 
 
 def lm_eval(
@@ -178,50 +175,25 @@ def lm_eval(
         include_path=None if include_path is None else str(include_path),
     )
     text = measured.CalibrationText(calibration_data, calibration_samples, calibration_seq_len, data_dir)
-    subject = measured.Subject.of(codec, baseline_name, text)
-    _run(task, model, subject, Setting(data_dir, batch_size), list(names), dtype, device, json_out)
+    run = Run(model, codec, baseline_name, text, data_dir, batch_size, dtype, device, json_out)
+    _run(task, run, list(names))
 
 
 def _names(given: list[str]) -> tuple[str, ...]:
     return tuple(name.strip() for part in given for name in part.split(",") if name.strip())
 
 
-def _run(
-    task: HarnessTask,
-    model: str,
-    subject: measured.Subject,
-    setting: Setting,
-    data: list[str],
-    dtype: options.Dtype,
-    device: str,
-    json_out: Path | None,
-) -> None:
-    """Measure what was asked for, print a line for every task and one for all, and write the result."""
-    if json_out is not None:
-        require_writable(json_out, "result")
-    with quiet_harness():
-        tasks = task.load(setting)
-    loaded = options.load(model, dtype, device)
-    subject = subject.fitted(loaded)
-    started = time.perf_counter()
-    with options.progress_bar("Evaluating", "requests") as report:
-        setting = replace(setting, progress=report)
-        fields = task.run(tasks, loaded, {"measured": subject.method}, setting)["measured"]
-    elapsed = time.perf_counter() - started
-    if json_out is not None:
-        result = {
-            "schema_version": SCHEMA_VERSION,
-            "command": f"eval {task.name}",
-            "model": loaded.name,
-            **subject.fields(),
-            "data": data,
-            "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
-            **fields,
-            "elapsed_s": round(elapsed, 3),
-            **environment(),
-        }
-        write_json(json_out, result)
-    exact_alone = subject.method is None
+def _run(task: HarnessTask, run: Run, data: list[str]) -> None:
+    """Measure what was asked for, print a line for every task and one for all."""
+    with quiet_harness():  # before the model is loaded: a task may be missing
+        tasks = task.load(Setting(run.data_dir, run.batch_size))
+    fields = run.measure(
+        task,
+        "requests",
+        lambda loaded, methods, setting: task.run(tasks, loaded, methods, setting),
+        data=data,
+    )
+    exact_alone = run.codec is None and run.baseline is None
     for name, part in fields["tasks"].items():
         typer.echo(_line(name, part, exact_alone))
     if len(fields["tasks"]) > 1:
