@@ -103,29 +103,6 @@ def fewest_bits() -> str:
     return "\n".join(lines)
 
 
-def other_models() -> str:
-    """Return quality on every model but the demo model, and the files that have it."""
-    lines = [
-        "| model | cache | bits per value | perplexity | mean KL (nats) | same top token |",
-        "| --- " * 6 + "|",
-    ]
-    for name in names("quality-*"):
-        _, all_rows = rows(name)
-        for row in all_rows:
-            if row["model"] == "demo":
-                continue
-            cells = [
-                row["model"],
-                row["contestant"],
-                f"{row['bits_per_value']:.2f}",
-                f"{100 * row['relative_increase']:+.2f} %",
-                f"{row['mean_kl']:.4f}",
-                f"{100 * row['top1_agreement']:.1f} %",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def names(pattern: str) -> list[str]:
     """Return committed results whose names match."""
     return sorted(path.stem for path in RESULTS.glob(f"{pattern}.json*"))
@@ -286,7 +263,6 @@ def parts() -> Iterable[str]:
     yield f"## In short\n\n{summary()}"
     yield f"## Quality\n\n{table['quality']()}"
     yield f"The fewest measured bits that stay within an increase of perplexity, by text:\n\n{fewest_bits()}"
-    yield f"Other models, on WikiText-2:\n\n{other_models()}"
     yield (
         "## Beside other methods\n\n"
         "The least divergence from the exact cache up to a number of bits, on the same tokens; bold is the "
