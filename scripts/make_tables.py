@@ -255,16 +255,29 @@ def end_to_end() -> str:
     return "\n".join(lines)
 
 
+def quality_cells(row: dict[str, Any]) -> list[str]:
+    """Return the cells below `QUALITY_TITLES`."""
+    return [
+        f"{row['bits_per_value']:.2f}",
+        f"{row['bits_per_value_total']:.2f}" if row["bits_per_value_total"] else "",
+        f"{100 * row['relative_increase']:+.2f} %",
+        f"{row['mean_kl']:.4f}",
+        f"{100 * row['top1_agreement']:.1f} %",
+    ]
+
+
+#: Columns of a method's rate and quality.
+QUALITY_TITLES = "bits per value | with exact tokens | perplexity | mean KL (nats) | same top"
+
 #: The models of the grid, and what its columns call them.
 GRID_MODELS = {"demo": "SmolLM2", "demo:gemma3-270m": "Gemma 3"}
 
 
 def grid() -> str:
     content, all_rows = rows("grid-h200")
-    titles = ["bits per value", "with exact tokens", "perplexity", "mean KL (nats)", "same top"]
     needles = {(row["model"], row["method"]): row for row in all_rows if row["task"] == "needle"}
     lines = [
-        f"| system | setting | model | {' | '.join(titles)} | numbers found |",
+        f"| system | setting | model | {QUALITY_TITLES} | numbers found |",
         "| --- " * 9 + "|",
     ]
     measured = [row for row in all_rows if row["task"] == "perplexity" and row["bits_per_value"]]
@@ -274,11 +287,7 @@ def grid() -> str:
         cells = [
             *system_and_setting(row["method"]),
             GRID_MODELS[row["model"]],
-            f"{row['bits_per_value']:.2f}",
-            f"{row['bits_per_value_total']:.2f}",
-            f"{100 * row['relative_increase']:+.2f} %",
-            f"{row['mean_kl']:.4f}",
-            f"{100 * row['top1_agreement']:.1f} %",
+            *quality_cells(row),
             "" if found is None else f"{100 * found['accuracy']:.0f} %",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -381,17 +390,13 @@ def system_and_setting(method: str) -> tuple[str, str]:
 def competitors() -> str:
     content, all_rows = rows("competitors-demo")
     lines = [
-        "| system | setting | bits per value | with exact tokens | perplexity | mean KL (nats) | same top |",
+        f"| system | setting | {QUALITY_TITLES} |",
         "| --- " * 7 + "|",
     ]
     for row in sorted(all_rows, key=lambda row: row["bits_per_value"]):
         cells = [
             *system_and_setting(row["contestant"]),
-            f"{row['bits_per_value']:.2f}",
-            f"{row['bits_per_value_total']:.2f}" if row["bits_per_value_total"] else "",
-            f"{100 * row['relative_increase']:+.2f} %",
-            f"{row['mean_kl']:.4f}",
-            f"{100 * row['top1_agreement']:.1f} %",
+            *quality_cells(row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     first = all_rows[0]
