@@ -109,8 +109,7 @@ def test_overlap_is_given_up_before_more_is_offloaded(small_shape, monkeypatch):
     ways = [(way.name, way.overlap) for way in ways_to_wait(work, "auto")]
     assert ways == [(name, overlap) for name in OFFLOADS for overlap in (True, False)]
     needs = [forecast(work, way).total("device") for way in ways_to_wait(work, "auto")]
-    vectors = 2 * work.vector_bytes
-    assert needs[0] - needs[1] > vectors  # and what both are doing at the moment
+    assert needs[0] - needs[1] > work.vector_bytes  # half of two, and what both are doing at the moment
     for (name, overlap), size in zip(ways, needs, strict=True):
         monkeypatch.setattr("aquakv.calibration.forecast.free_bytes", lambda _, n=size: (n / 0.93, 1 << 40))
         chosen = choose_waiting(work, "auto")
@@ -229,7 +228,7 @@ def test_command_line_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["calibrate", str(tmp_path / "model"), *options])
     said = capsys.readouterr().out
-    for text in ("keys and values of two layers", "in all, at most", "while the next one is observed"):
+    for text in ("a layer and of what is ahead", "in all, at most", "while the next one is observed"):
         assert text in said
     with pytest.raises(SystemExit) as done:
         main(["calibrate", str(tmp_path / "model"), "--dry-run", "--samples", "100000000", "--seq-len", "64"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from aquakv.calibration.ahead import most_ahead
 from aquakv.calibration.observe import Waiting
 from aquakv.calibration.planner import PROBE_TOKENS, TRIALS
 from aquakv.calibration.workload import Workload
@@ -69,11 +70,13 @@ def forecast(work: Workload, waiting: Waiting) -> Forecast:
         + 16 * work.seq_len * work.query_features
     )
     encode = 4 * work.batch_tokens * (_ENCODE_COPIES * work.features + work.inputs)
-    layers = "two layers" if waiting.overlap else "a layer"
+    batches = -(-work.tokens // work.batch_tokens)
+    ahead = most_ahead(batches) / batches if waiting.overlap else 0
+    layers = "a layer and of what is ahead" if waiting.overlap else "a layer"
     sweep = [
         weights,
         Item("hidden states", hidden_at, work.hidden_bytes),
-        Item(f"keys and values of {layers}", vectors_at, (4 if waiting.overlap else 2) * work.vector_bytes),
+        Item(f"keys and values of {layers}", vectors_at, int(2 * (1 + ahead) * work.vector_bytes)),
         Item("reconstructions of earlier layers", vectors_at, work.history * work.vector_bytes),
     ]
     walking = [Item("a batch in a layer", "device", forward)]
