@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
-from aquakv.cache.encoding import PageEncoder
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.layout import TokenLayout
@@ -339,17 +338,11 @@ class AquaCache(RepeatingCache):
         if not fused or exact is None:
             step = CacheStep(*shared, Reconstructor(self.codec, self._backend))
         elif kernels and self._state.sees_all(self.layout, self._mask):
-            step = self._paged_step(before, self._mask)
+            step = self._paged_step(before, exact.tail_columns, self._mask)
         else:
             step = FusedStep(*shared, self.codec, exact.tail_columns, self._mask)
         if step.due:
-            step.encoder = PageEncoder.of(
-                self.codec,
-                self.window.block_tokens,
-                self._backend,
-                key_states,
-                lambda: [self._adapter.layer_device(index) for index in self._adapter.compressed_layers],
-            )
+            step.encoder = self._encoder(key_states)
         return step
 
     # --- the rest of the protocol -------------------------------------------------------------------------

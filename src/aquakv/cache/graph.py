@@ -56,12 +56,13 @@ class _Captured:
 class DecodeGraph:
     """Decode steps of a model with an `AquaCache`, repeated as a CUDA graph where that is possible.
 
-    A step of one token a row in which kernels attend to the codes does the same work as the one before it
-    until a block falls due. It is captured once and repeated then; the host only counts the columns. Steps
-    that compress a block are the model's own; its codes go where there is room for them, and the same graph
-    is repeated afterwards. Once the room is used up, one step of the model's own makes more of it, and the
-    next is captured anew. Nothing is captured that would be repeated less than `LEAST_REPEATS` times before
-    that. Whatever is not such a step is the model's own as well. Results are the same.
+    A step of one token a row in which kernels attend to the codes does the same work as the one before
+    it. It is captured once and repeated then; the host only counts the columns. A block that falls due is
+    compressed behind such a step, as that attends to its exact tokens; its codes go where there is room
+    for them, and the same graph is repeated afterwards. Once the room is used up, one step of the model's
+    own makes more of it, and the next is captured anew. Nothing is captured that would be repeated less
+    than `LEAST_REPEATS` times before that. Whatever is not such a step is the model's own as well.
+    Results are the same.
 
     Parameters
     ----------
@@ -86,7 +87,8 @@ class DecodeGraph:
     Notes
     -----
     As with kernels in general (see `AquaCache`), the attention mask of repeated steps is taken to say of
-    older tokens what it said at the last step that was the model's own, and to let the new ones be seen.
+    older tokens what it said when it was last looked at, and to let the new ones be seen. It is looked at in
+    steps that are the model's own and whenever a block is compressed.
     """
 
     def __init__(self, model: PreTrainedModel, cache: AquaCache, *, capture: Capture | None = None) -> None:
@@ -161,7 +163,7 @@ class DecodeGraph:
             )
         if position_ids is None:
             position_ids = positions[:, -1:].long().to(input_ids.device) + 1
-        masked = attention_mask is not None
+        masked, compresses = attention_mask is not None, self._cache.compresses_next
         steady = self._cache.steady(masked)
         captured = self._captured
         if captured is not None and captured.steady is steady:
@@ -169,13 +171,16 @@ class DecodeGraph:
             captured.position_ids.copy_(position_ids)
             try:
                 self._cache.repeat_step(captured.position_ids)
-                return captured.replay().clone()
+                logits = captured.replay().clone()
+                if compresses:
+                    self._cache.compress_due(attention_mask)
+                return logits
             except BaseException:
                 self._cache.give_up_step()
                 raise
         if captured is not None and not self._cache.lasts(captured.steady, masked):
             self._captured = captured = None  # what it holds is free before anything grows or is captured
-        if steady is None or self._cache.moves_within(LEAST_REPEATS):
+        if steady is None or compresses or self._cache.moves_within(LEAST_REPEATS):
             return self._pass(input_ids, position_ids, attention_mask).logits
         try:
             self._captured = self._captured_step(steady, input_ids, position_ids, attention_mask)

@@ -343,6 +343,16 @@ class PagedStep(CodesStep):
         self._layers.append((layer_idx, device, records))
         return view, view
 
+    def compress_layer(
+        self, layer_idx: int, codec: LayerCodec, pages: CodedPages, exact: ExactTokens
+    ) -> None:
+        """Compress what is due at one layer, in whose tail the pass's token is already."""
+        records = pages.records
+        assert records is not None  # `why_not_paged` has seen to it
+        self.places_on(exact.tail_keys.device, layer_idx, records)
+        self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
+        self._layers.append((layer_idx, exact.tail_keys.device, records))
+
     def settle(self, tail_columns: int) -> None:
         """Tell devices what was compressed, once all layers have attended.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from aquakv.cache.encoding import PageEncoder
 from aquakv.cache.evicting_cache import EvictingCache
 from aquakv.cache.paged import PagedState, PagedStep, why_not_paged
 from aquakv.cache.step import CacheStep
@@ -56,17 +57,24 @@ class RepeatingCache(EvictingCache):
         """Return what the next step of one token a row has in common with the last, if it can repeat it.
 
         It can if kernels attended in the last one, with a mask or without as in the next; if the next one
-        compresses nothing and makes no room, and all sinks are there. As long as the same object is returned,
-        all tensors that the cache holds stay where they are.
+        makes no room, and all sinks are there. As long as the same object is returned, all tensors that the
+        cache holds stay where they are. Where blocks fall due in the next step, `compress_due` comes behind
+        it; with a policy of eviction, which looks at passes, such a step has to be the model's own.
         """
-        layout = self.layout
         self._require_intact()
         if self._steady is None or self._steady.masked != masked:
             return None
+        if self._pruner is not None and self.compresses_next:
+            return None
         least = max(1, self.window.sink_tokens)
-        if any(length < least for length in layout.lengths()) or layout.blocks_due(1) or not self._has_room():
+        if any(length < least for length in self.layout.lengths()) or not self._has_room():
             return None
         return self._steady
+
+    @property
+    def compresses_next(self) -> bool:
+        """Whether blocks fall due in a step of one token a row."""
+        return bool(self.layout.blocks_due(1))
 
     def lasts(self, steady: Steady, masked: bool) -> bool:
         """Tell whether steps captured under ``steady`` can be repeated now or after the next step.
@@ -98,9 +106,10 @@ class RepeatingCache(EvictingCache):
         """
         before, mask = self.layout.columns, self._in_slots(attention_mask, 1)
         self.layout.append(1, position_ids, None, self.layout.rows)
-        step = self._paged_step(before, mask)
-        self._prepared = step
         first = self._compressed[0]
+        assert first.exact is not None  # there was a step before
+        step = self._paged_step(before, first.exact.tail_columns, mask)
+        self._prepared = step
         assert first.pages.records is not None  # there was a step before
         step.places_on(first.device, self._adapter.compressed_layers[0], first.pages.records)
 
@@ -112,20 +121,56 @@ class RepeatingCache(EvictingCache):
             layer.exact.tail_columns += 1
         self._state.count_columns(self._compressed[0].device, self.layout.columns)
 
+    def compress_due(self, attention_mask: Tensor | None) -> None:
+        """Compress the blocks that fell due in a repeated step, which attended to their exact tokens.
+
+        Parameters
+        ----------
+        attention_mask
+            ``[rows, columns]`` of that step, or None if it had none.
+        """
+        mask, exact = self._in_slots(attention_mask, 0), self._compressed[0].exact
+        assert exact is not None  # there was a step before
+        with self._changing():
+            self._last_steady, self._steady = self._steady, None
+            step = self._paged_step(self.layout.columns - 1, exact.tail_columns - 1, mask)
+            step.encoder = self._encoder(exact.tail_keys)
+            for order, layer in enumerate(self._compressed):
+                assert layer.exact is not None  # as in the first
+                step.compress_layer(
+                    self._adapter.compressed_layers[order],
+                    self.codec.layer_on(order, layer.device),
+                    layer.pages,
+                    layer.exact,
+                )
+            step.finish()
+            self._state.look_at(self.layout, mask)
+            self._settle(step)
+
+    def _encoder(self, key_states: Tensor) -> PageEncoder | None:
+        """Return what encodes blocks of a pass whose keys are like these, unless the codec does."""
+        adapter = self._adapter
+        return PageEncoder.of(
+            self.codec,
+            self.window.block_tokens,
+            self._state.backend,
+            key_states,
+            lambda: [adapter.layer_device(index) for index in adapter.compressed_layers],
+        )
+
     def give_up_step(self) -> None:
         """Note that a prepared step was not computed to its end: the cache has to be reset."""
         self._prepared, self._steady, self._broken = None, None, True
 
-    def _paged_step(self, columns_before: int, mask: Tensor | None) -> PagedStep:
-        exact, guard = self._compressed[0].exact, self.codec.config.guard
-        assert exact is not None  # there are compressed tokens
+    def _paged_step(self, columns_before: int, tail_columns: int, mask: Tensor | None) -> PagedStep:
+        """Return a step behind so many columns, of which so many are held exactly behind the codes."""
         return PagedStep(
             self._adapter,
             self.layout,
-            guard,
+            self.codec.config.guard,
             columns_before,
             self.codec,
-            exact.tail_columns,
+            tail_columns,
             mask,
             self._state,
         )
