@@ -197,11 +197,11 @@ def level_slopes(layout: PageLayout) -> tuple[Tensor, Tensor]:
     slopes, gains
         ``[coefficients]`` float64 each; 0 where the width is 0.
     """
-    slopes, gains = torch.zeros(2, layout.coefficients, dtype=torch.float64, device="cpu")
-    for i, width in enumerate(layout.widths):
-        if width:
-            linear, cubic, _ = cubic_levels(width)
-            slopes[i], gains[i] = linear, cubic / linear
+    levels = {width: cubic_levels(width) for width in set(layout.widths) if width}
+    terms = {width: (linear, cubic / linear) for width, (linear, cubic, _) in levels.items()}
+    slopes, gains = torch.tensor(
+        [terms.get(width, (0.0, 0.0)) for width in layout.widths], dtype=torch.float64, device="cpu"
+    ).T.contiguous()
     return slopes, gains
 
 
