@@ -1,3 +1,6 @@
+import gc
+import types
+
 import pytest
 import torch
 
@@ -9,6 +12,27 @@ import tiny_models
 def _one_thread():
     """Tiny products only lose by threads, and the machine has other users."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_not_garbage():
+    """Collections, which memory is measured after, pass over what imports have left: a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quanto_is_not_compiled():
+    """The only code that optimum-quanto compiles on a CPU is this, for a minute in a new environment."""
+    try:
+        from optimum.quanto.library.extensions import get_extension
+    except ImportError:
+        return
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)])
+
+    get_extension("quanto_cpp")._lib = types.SimpleNamespace(unpack=unpack)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 
 #: A type of device that torch knows the name of and nothing else.
 TYPE = "ipu"
@@ -12,6 +11,23 @@ TYPE = "ipu"
 #: Operations that take tensors of several devices: copies, and those that are indexed from the CPU.
 _COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
 _INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
+
+
+def _leaves(value):
+    """Yield what arguments of an operation are made of; in short, as every operation passes here."""
+    if isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _mapped(change, value):
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(change, part) for part in value])
+    if isinstance(value, dict):
+        return {name: _mapped(change, part) for name, part in value.items()}
+    return change(value)
 
 
 class Pretended(torch.Tensor):
@@ -60,12 +76,12 @@ class _InPython(TorchFunctionMode):
             device = kwargs.pop("device")
             return torch.tensor(*args, **kwargs).to(device)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], Pretended):
-            chosen = [t for t in tree_iter(args[1]) if isinstance(t, torch.Tensor)]
+            chosen = [t for t in _leaves(args[1]) if isinstance(t, torch.Tensor)]
             _require_one({args[0].device, *(t.device for t in chosen if t.device.type != "cpu")}, func)
             if func is torch.Tensor.__setitem__:
                 values = [t for t in args[2:] if isinstance(t, torch.Tensor) and t.ndim]
                 _require_one({args[0].device, *(t.device for t in values)}, func)
-            found = func(*tree_map(_bare, args))
+            found = func(*_mapped(_bare, args))
             return None if found is None else Pretended(found, args[0].device)
         if func in _PRODUCTS:
             return _compute(func, args, kwargs)
@@ -108,7 +124,7 @@ class PretendedDevices(TorchDispatchMode):
 
 
 def _compute(func, args, kwargs):
-    tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     # As everywhere in torch, single numbers of the CPU go with all devices.
     devices = {t.device for t in tensors if isinstance(t, Pretended) or t.ndim}
     if func in _INDEXED:
@@ -128,10 +144,10 @@ def _compute(func, args, kwargs):
             return wrappers[id(value)]
         return Pretended(value, home) if home.type == TYPE else value
 
-    found = func(*tree_map(_bare, args), **tree_map(_bare, kwargs))
+    found = func(*_mapped(_bare, args), **_mapped(_bare, kwargs))
     if func is torch.ops.aten._to_copy.default and any(found is _bare(t) for t in tensors):
         found = found.clone()
-    return tree_map(dressed, found)
+    return _mapped(dressed, found)
 
 
 def pretend_on(module, device):

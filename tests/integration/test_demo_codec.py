@@ -17,7 +17,7 @@ from aquakv.models.loading import load_model
 
 pytestmark = pytest.mark.slow
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,17 @@ def codecs(demo):
     tokens = token_sequences(["pydoc:train", "stdlib:train"], demo.tokenizer, 8, 1024)
     names = {"higgs": [2], "paper": [2, 8], "decode": [2], "storage": [1.25]}
     configs = {f"{name} {b}": preset(name, b) for name, bits in names.items() for b in bits}
-    return calibrate_many(demo.model, tokens, configs, batch_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        # What layers weigh is measured on fewer tokens than otherwise, for that takes half of the time.
+        patch.setattr("aquakv.calibration.planner.PROBE_TOKENS", 128)
+        return calibrate_many(demo.model, tokens, configs, batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def qualities(demo, codecs):
+    tokens = token_sequences(["pydoc:test"], demo.tokenizer, 2, 1024)
+    chosen = {name: codec for name, codec in codecs.items() if name != "paper 8"}
+    return evaluate_quality(demo.model, tokens, chosen, protocol="single-pass")
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +59,15 @@ def recite_prompts(count):
 
 def test_a_hidden_number_is_found_through_codes_that_are_fine_enough(demo, codecs):
     methods = {"exact": None, "paper 8": codecs["paper 8"], "rtn 2": baseline("rtn:2+window")}
-    task = Needle(lengths=[1024], depths=[0, 50], samples=1, max_new_tokens=7)
+    task = Needle(lengths=[768], depths=[0, 50], samples=1, max_new_tokens=7)
     exact, fine, coarse = task.evaluate(demo, methods, Setting(batch_size=2)).values()
     assert exact["accuracy"] == fine["accuracy"] == fine["baseline_accuracy"] == 1
     assert fine["answer_nll"] == pytest.approx(exact["answer_nll"], abs=0.01)
     assert coarse["answer_nll"] > exact["answer_nll"] + 0.5
 
 
-def test_predictors_recover_most_of_what_plain_quantisation_loses(demo, codecs):
-    tokens = token_sequences(["pydoc:test"], demo.tokenizer, 2, 1024)
-    chosen = {name: codecs[name] for name in ("higgs 2", "paper 2")}
-    results = evaluate_quality(demo.model, tokens, chosen, protocol="single-pass")
-    paper, higgs = results["paper 2"], results["higgs 2"]
+def test_predictors_recover_most_of_what_plain_quantisation_loses(qualities):
+    paper, higgs = qualities["paper 2"], qualities["higgs 2"]
     assert paper.bits_per_value == pytest.approx(2.15, abs=1e-9)
     assert higgs.bits_per_value == paper.bits_per_value
     # Divergence resolves more than perplexity does on so few tokens; the published gap is above four-fold.
@@ -70,11 +77,8 @@ def test_predictors_recover_most_of_what_plain_quantisation_loses(demo, codecs):
     assert 0.9 < paper.top1_agreement < 1
 
 
-def test_transform_coding_loses_less_at_fewer_bits(demo, codecs):
-    tokens = token_sequences(["pydoc:test"], demo.tokenizer, 2, 1024)
-    chosen = {name: codecs[name] for name in ("paper 2", "decode 2", "storage 1.25")}
-    results = evaluate_quality(demo.model, tokens, chosen, protocol="single-pass")
-    paper, decode, storage = (results[name] for name in chosen)
+def test_transform_coding_loses_less_at_fewer_bits(qualities, codecs):
+    paper, decode, storage = (qualities[name] for name in ("paper 2", "decode 2", "storage 1.25"))
     assert 1.95 < decode.bits_per_value < 2.08
     assert 1.15 < storage.bits_per_value < 1.35
     assert codecs["storage 1.25"].bits_per_value == pytest.approx(storage.bits_per_value, rel=0.08)
@@ -82,19 +86,17 @@ def test_transform_coding_loses_less_at_fewer_bits(demo, codecs):
     assert 0 < storage.mean_kl < 0.7 * paper.mean_kl
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_eight_bit_grids_do_not_change_greedy_text(demo, codecs, batch_size):
-    prompts = recite_prompts(4)
-    for start in range(0, 2 if batch_size == 1 else 4, batch_size):
-        inputs = demo.tokenizer(
-            prompts[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left"
-        )
-        settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-        exact = demo.model.generate(**inputs, **settings)
-        cache = AquaCache(demo.model, codecs["paper 8"])
-        ours = demo.model.generate(**inputs, **settings, past_key_values=cache)
-        assert cache.footprint().coded_values > 0
-        assert torch.equal(exact, ours)
+@pytest.mark.parametrize("prompts", [slice(1), slice(1, 4)])
+def test_eight_bit_grids_do_not_change_greedy_text(demo, codecs, prompts):
+    inputs = demo.tokenizer(
+        recite_prompts(4)[prompts], return_tensors="pt", padding=True, padding_side="left"
+    )
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    exact = demo.model.generate(**inputs, **settings)
+    cache = AquaCache(demo.model, codecs["paper 8"])
+    ours = demo.model.generate(**inputs, **settings, past_key_values=cache)
+    assert cache.footprint().coded_values > 0
+    assert torch.equal(exact, ours)
 
 
 def test_a_cache_of_entropy_codes_generates_what_the_exact_one_does(demo, codecs):

@@ -15,14 +15,13 @@ def _forget_compiled_code():
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "in_place"),
     [
-        ("guarded", {"attention": "fused", "backend": "torch"}),
-        ("guarded", {"attention": "fused"}),
-        ("paper", {}),
+        ("guarded", {"attention": "fused", "backend": "torch"}, True),
+        ("guarded", {"attention": "fused"}, False),
+        ("paper", {}, True),
     ],
 )
-@pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_model_gives_the_same(name, settings, in_place):
     model = build("llama")
     codec = guarded_codec("llama", fraction=0.05) if name == "guarded" else variant(name)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from aquakv import AquaCache, DecodeGraph, WindowConfig
 from aquakv.cache.graph import CudaCapture
@@ -41,14 +41,19 @@ class Recorded:
         self.captures += 1
         with Recording() as recording:
             out = step()
+        calls = [(*call, tree_leaves(old)) for *call, old in recording.calls]
 
         def replay():
             self.replays += 1
             made = {}
-            for func, args, kwargs, old in recording.calls:
-                args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
-                new = func(*args, **kwargs)
-                made.update(zip(map(id, tree_leaves(old)), tree_leaves(new), strict=True))
+
+            def renewed(x):
+                return [renewed(part) for part in x] if isinstance(x, (list, tuple)) else made.get(id(x), x)
+
+            for func, args, kwargs, old in calls:
+                new = func(*map(renewed, args), **{name: renewed(x) for name, x in kwargs.items()})
+                new = [new] if isinstance(new, torch.Tensor) else tree_leaves(new)
+                made.update(zip(map(id, old), new, strict=True))
             return made[id(out)]
 
         return replay

@@ -231,7 +231,7 @@ def test_growth_that_fails(monkeypatch, method, at):
             feed(model, cache, tokens[:, 129:], [1] * 71)
     _refuses_everything(cache)
     cache.reset()
-    feed(model, cache, tokens, [129, *[1] * 71])
+    feed(model, cache, tokens, [193, *[1] * 7])
 
 
 def test_tables_that_fail_behind_the_last_layer_are_made_anew(monkeypatch):

@@ -197,12 +197,11 @@ def level_slopes(layout: PageLayout) -> tuple[Tensor, Tensor]:
     slopes, gains
         ``[coefficients]`` float64 each; 0 where the width is 0.
     """
-    slopes, gains = torch.zeros(2, layout.coefficients, dtype=torch.float64, device="cpu")
-    for i, width in enumerate(layout.widths):
-        if width:
-            linear, cubic, _ = cubic_levels(width)
-            slopes[i], gains[i] = linear, cubic / linear
-    return slopes, gains
+    levels = [cubic_levels(width)[:2] if width else (1.0, 0.0) for width in layout.widths]
+    slopes = [linear if width else 0.0 for (linear, _), width in zip(levels, layout.widths, strict=True)]
+    gains = [cubic / linear for linear, cubic in levels]
+    made = torch.tensor([slopes, gains], dtype=torch.float64, device="cpu")
+    return made[0], made[1]
 
 
 def pack_pages(codes: Tensor, layout: PageLayout) -> Tensor:
