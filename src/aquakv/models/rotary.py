@@ -101,10 +101,10 @@ def rotate(vectors: Tensor, tables: RotaryTables) -> Tensor:
         Same shape, float32.
     """
     half = tables.cos.shape[-1]
-    out = (
-        vectors.float().clone() if vectors.shape[-1] > 2 * half else vectors.new_empty(vectors.shape).float()
-    )
-    first, second = (part.float() for part in tables.pairs(vectors))
+    whole = vectors.shape[-1] == 2 * half
+    made = {"dtype": torch.float32, "device": vectors.device}
+    out = torch.empty(vectors.shape, **made) if whole else vectors.to(**made, copy=True)
+    first, second = tables.pairs(vectors)
     out_first, out_second = tables.pairs(out)
     torch.mul(first, tables.cos, out=out_first).addcmul_(second, tables.sin, value=-1)
     torch.mul(second, tables.cos, out=out_second).addcmul_(first, tables.sin)
