@@ -1,4 +1,4 @@
-"""``aquakv demo``: the whole system on a small model, in a few minutes on two CPU cores."""
+"""``aquakv demo``: the whole system on a small model, in about seven minutes on two CPU cores."""
 
 from __future__ import annotations
 
