@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aquakv.evaluation.report.sections.calibration import PHASES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -410,16 +412,6 @@ def competitors() -> str:
     return "\n".join(lines)
 
 
-PHASES = {
-    "plan: observe": "planning: observing a part of the text",
-    "plan: harm": "planning: what errors do",
-    "plan: fit": "planning: trial fits",
-    "observe": "text through the layers",
-    "fit, beside observing": "fitting and reconstructing, the next layer's text meanwhile",
-    "fit": "fitting and reconstructing",
-}
-
-
 def calibration() -> str:
     content, all_rows = rows("calibrate-h200")
     runs = {row["contestant"]: row for row in all_rows if row["phase"] == "total"}
@@ -441,7 +433,7 @@ def calibration() -> str:
                 cells.append(projected(name))
         lines.append(f"| {title} | {' | '.join(cells)} |")
 
-    for phase, title in (*PHASES.items(), ("rest", "rest")):
+    for phase, title in PHASES.items():
         if any((name, phase) in phases for name in runs):
             line(
                 title,
@@ -497,7 +489,7 @@ def calibration_cpu() -> str:
     def line(title: str, cell: Callable[[str], str]) -> None:
         lines.append(f"| {title} | {' | '.join(cell(name) for name in runs)} |")
 
-    for phase, title in (*PHASES.items(), ("rest", "rest")):
+    for phase, title in PHASES.items():
         if any((name, phase) in phases for name in runs):
             line(title, lambda name, phase=phase: seconds(phases.get((name, phase))))
     line("in all", lambda name: seconds(runs[name]))

@@ -19,6 +19,8 @@ from aquakv.evaluation.report.chart import Axis, Figure, Point, Series, figure
 from aquakv.evaluation.report.load import Record, Source
 from aquakv.evaluation.report.markup import Markup, join, tag
 from aquakv.evaluation.report.names import method_of, styles
+from aquakv.evaluation.report.section import grouped
+from aquakv.evaluation.report.sections import calibration as sections_calibration
 from aquakv.evaluation.report.sections.comparison import band_of, comparisons, least_bits
 from aquakv.evaluation.report.tables import Column, best_cells, table
 from tiny_models import codec_for
@@ -506,3 +508,15 @@ def test_numbers_that_are_none_are_refused():
 )
 def test_numbers_as_people_read_them(text, expected):
     assert text == expected
+
+
+def test_the_phases_of_a_calibration_add_up():
+    """Whatever a calibration spends its time on is in its bar, also where fits go on beside observing."""
+    found = load([RESULTS / "calibrate-h200.json", RESULTS / "calibrate-cpu.json"]).records
+    runs = [
+        sections_calibration._Run(rows)
+        for rows in grouped(found, lambda row: row.text("contestant")).values()
+    ]
+    assert len(runs) == 5
+    for run in runs:
+        assert sum(run.phases.values()) == pytest.approx(run.total["seconds"], rel=1e-3)

@@ -340,18 +340,29 @@ class PagedStep(CodesStep):
             self.state.backend,
         )
         self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
-        self._layers.append((layer_idx, device, records))
         return view, view
 
     def compress_layer(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, exact: ExactTokens
     ) -> None:
         """Compress what is due at one layer, in whose tail the pass's token is already."""
-        records = pages.records
-        assert records is not None  # `why_not_paged` has seen to it
-        self.places_on(exact.tail_keys.device, layer_idx, records)
+        assert pages.records is not None  # `why_not_paged` has seen to it
+        self.places_on(exact.tail_keys.device, layer_idx, pages.records)
         self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
-        self._layers.append((layer_idx, exact.tail_keys.device, records))
+
+    def _take_in(
+        self,
+        layer_idx: int,
+        codec: LayerCodec,
+        pages: CodedPages,
+        exact: ExactTokens,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """Note the layer for `settle` as well."""
+        super()._take_in(layer_idx, codec, pages, exact, keys, values)
+        assert pages.records is not None  # as above
+        self._layers.append((layer_idx, keys.device, pages.records))
 
     def settle(self, tail_columns: int) -> None:
         """Tell devices what was compressed, once all layers have attended.

@@ -16,6 +16,7 @@ PHASES = {
     "plan: harm": "planning: harm of errors",
     "plan: fit": "planning: trial fits",
     "observe": "text through the layers",
+    "fit, beside observing": "fitting, the next layer's text meanwhile",
     "fit": "fitting, reconstructing",
     "rest": "rest",
 }
