@@ -14,6 +14,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
 

@@ -111,34 +111,56 @@ def test_kernels_equal_the_definition(name, softcap, sinks):
         assert not got[1].any()
 
 
+@on_this_device
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_as_exact_as_float32(name):
+    """Weights of half precision alone would be off by 1e-4."""
+    _, held, coded = make_case(name, torch.float16)
+    query = make_case(name)[0].to(DEVICE)
+    held = HeldTokens(*(None if t is None else t.to(DEVICE) for t in vars(held).values()))
+    coded = [t.to(DEVICE) for t in coded]
+    got = attend_exact(query, held, *coded, scaling=0.2, backend="triton")
+    expected = attend_exact(query, held, *coded, scaling=0.2, backend="torch")
+    torch.testing.assert_close(got, expected, atol=3e-6, rtol=0)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
 def test_kernels_equal_the_definition_interpreted():
     pytest.importorskip("triton", reason="needs triton")
-    require_interpreted(__file__, 4 * len(CASES), "-k", "kernels_equal_the_definition")
+    require_interpreted(__file__, 5 * len(CASES), "-k", "test_kernels_equal or as_exact")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize(("group", "dim"), [(4, 128), (8, 64), (1, 256)])
-def test_kernels_compile(capability, group, dim):
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype"),
+    [(4, 128, torch.bfloat16), (8, 64, torch.float16), (1, 256, torch.float16), (24, 128, torch.float32)],
+)
+def test_kernels_compile(capability, group, dim, dtype):
     pytest.importorskip("triton", reason="needs triton")
     from test_compile import compile_kernel
 
-    from aquakv.kernels.exact.triton import merge_kernel, partial_attention_kernel
+    from aquakv.kernels.exact.triton import (
+        LEAST_ROWS,
+        merge_kernel,
+        partial_attention_kernel,
+        program_tokens,
+    )
 
-    half = ("query", "sink_keys", "sink_values", "tail_keys", "tail_values", "outlier_keys", "outlier_values")
-    arguments = dict.fromkeys(half, torch.float16)
+    held = ("query", "sink_keys", "sink_values", "tail_keys", "tail_values", "outlier_keys", "outlier_values")
+    arguments = dict.fromkeys(held, dtype)
     arguments |= dict.fromkeys(("means", "maxima", "totals", "coded_out", "coded_lse"), torch.float32)
-    arguments |= {"outlier_index": "*i64", "seen": "*i1", "out": torch.float16, "sink_logits": torch.float16}
+    arguments |= {"outlier_index": "*i64", "seen": "*i1", "out": dtype, "sink_logits": dtype}
     arguments |= dict.fromkeys(("scaling", "softcap"), "fp32")
     arguments |= dict.fromkeys(("sinks", "columns", "most", "splits"), "i32")
-    shape = {"KV_HEADS": 8, "GROUP": group, "PADDED": group, "DIM": dim, "TOKENS": 64, "BLOCK": 16}
+    padded = max(LEAST_ROWS, 1 << (group - 1).bit_length())
+    tokens = program_tokens(dim, dtype.itemsize)
+    shape = {"KV_HEADS": 8, "GROUP": group, "PADDED": padded, "DIM": dim, "TOKENS": tokens}
     flags = {"SOFTCAP": True, "OUTLIERS": True, "INDEXED": True}
-    warps = 4 if group * dim <= 512 else 8
     for kernel, constants in (
         (partial_attention_kernel, shape | flags),
-        (merge_kernel, {"QUERY_HEADS": 8 * group, "DIM": dim, "SPLITS": 8, "SINK": True}),
+        (merge_kernel, {"QUERY_HEADS": 8 * group, "DIM": dim, "SPLITS": 8, "TOGETHER": 8, "SINK": True}),
     ):
-        compiled = compile_kernel(kernel, capability, arguments, constants, num_warps=warps)
+        compiled = compile_kernel(kernel, capability, arguments, constants, num_warps=4)
         assert re.search(rf"\.target sm_{capability}", compiled.asm["ptx"])
         assert compiled.metadata.shared <= 99 * 1024

@@ -18,9 +18,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from aquakv.kernels.exact import HeldTokens
 
-#: Tokens of a program, and how many of them it has in registers at a time.
-PROGRAM_TOKENS = 64
-BLOCK_TOKENS = 16
+#: Query heads of a KV head are padded to at least so many, the rows of a matrix product.
+LEAST_ROWS = 16
+#: Splits whose means are asked for at once.
+SPLITS_TOGETHER = 8
 
 
 @triton.jit(do_not_specialize=["sinks", "columns", "most", "splits"])
@@ -48,57 +49,59 @@ def partial_attention_kernel(
     PADDED: tl.constexpr,
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     OUTLIERS: tl.constexpr,
     INDEXED: tl.constexpr,
 ):
-    """Attend to TOKENS tokens of a row with the query heads of one KV head, all in float32."""
+    """Attend to TOKENS tokens of a row with the query heads of one KV head.
+
+    Keys and values are multiplied as they are held, sums are float32. Weights are rounded to the values'
+    dtype and multiplied, and so is what that leaves of them.
+    """
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     member = tl.arange(0, PADDED)
     coordinate = tl.arange(0, DIM)
     query_head = (row * KV_HEADS + head) * GROUP + member
     real = member < GROUP
-    asked = tl.load(
-        query + query_head[:, None] * DIM + coordinate[None, :], mask=real[:, None], other=0.0
-    ).to(tl.float32)
-    asked *= scaling
+    asked = tl.load(query + query_head[:, None] * DIM + coordinate[None, :], mask=real[:, None], other=0.0)
     count = sinks + columns + most
-    largest = tl.full((PADDED,), float("-inf"), tl.float32)
-    total = tl.zeros((PADDED,), tl.float32)
-    mean = tl.zeros((PADDED, DIM), tl.float32)
-    for first in range(0, TOKENS, BLOCK):
-        token = split * TOKENS + first + tl.arange(0, BLOCK)
-        present = token < count
-        visible = tl.load(seen + row * count + token, mask=present, other=0) != 0
-        is_sink = visible & (token < sinks)
-        is_tail = visible & (token >= sinks) & (token < sinks + columns)
-        sink = ((row * sinks + token).to(tl.int64) * KV_HEADS + head)[:, None] * DIM + coordinate[None, :]
-        tail = ((row * columns + token - sinks).to(tl.int64) * KV_HEADS + head)[:, None] * DIM
-        tail += coordinate[None, :]
-        key = tl.load(sink_keys + sink, mask=is_sink[:, None], other=0.0).to(tl.float32)
-        key += tl.load(tail_keys + tail, mask=is_tail[:, None], other=0.0).to(tl.float32)
-        value = tl.load(sink_values + sink, mask=is_sink[:, None], other=0.0).to(tl.float32)
-        value += tl.load(tail_values + tail, mask=is_tail[:, None], other=0.0).to(tl.float32)
-        if OUTLIERS:
-            number = (token - sinks - columns).to(tl.int64)
-            is_outlier = visible & (number >= 0)
-            if INDEXED:
-                number = tl.load(outlier_index + row * most + number, mask=is_outlier, other=0)
-            outlier = (number * KV_HEADS + head)[:, None] * DIM + coordinate[None, :]
-            key += tl.load(outlier_keys + outlier, mask=is_outlier[:, None], other=0.0).to(tl.float32)
-            value += tl.load(outlier_values + outlier, mask=is_outlier[:, None], other=0.0).to(tl.float32)
-        score = tl.sum(asked[:, None, :] * key[None, :, :], axis=2)
-        if SOFTCAP:
-            score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
-        score = tl.where(visible[None, :], score, float("-inf"))
-        highest = tl.maximum(largest, tl.max(score, axis=1))
-        finite = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp(score - finite[:, None])
-        shrunk = tl.exp(largest - finite)
-        total = total * shrunk + tl.sum(weight, axis=1)
-        mean = mean * shrunk[:, None] + tl.sum(weight[:, :, None] * value[None, :, :], axis=1)
-        largest = highest
+    token = split * TOKENS + tl.arange(0, TOKENS)
+    visible = tl.load(seen + row * count + token, mask=token < count, other=0) != 0
+    is_sink = token < sinks
+    # From one token's vector to the next one's.
+    step: tl.constexpr = KV_HEADS * DIM
+    at = tl.where(is_sink, row * sinks + token, row * columns + token - sinks).to(tl.int64)
+    if OUTLIERS:
+        number = token - sinks - columns
+        is_outlier = number >= 0
+        if INDEXED:
+            which = tl.load(outlier_index + row * most + number, mask=visible & is_outlier, other=0)
+            at = tl.where(is_outlier, which, at)
+        else:
+            at = tl.where(is_outlier, number.to(tl.int64), at)
+        key_base = tl.where(is_outlier, outlier_keys, tl.where(is_sink, sink_keys, tail_keys))
+        value_base = tl.where(is_outlier, outlier_values, tl.where(is_sink, sink_values, tail_values))
+    else:
+        key_base = tl.where(is_sink, sink_keys, tail_keys)
+        value_base = tl.where(is_sink, sink_values, tail_values)
+    place = (at * step + head * DIM)[:, None] + coordinate[None, :]
+    # Whatever an unseen token holds is not loaded.
+    key = tl.load(key_base[:, None] + place, mask=visible[:, None], other=0.0)
+    value = tl.load(value_base[:, None] + place, mask=visible[:, None], other=0.0)
+    if asked.dtype == tl.float32:
+        key = key.to(tl.float32)
+    score = scaling * tl.dot(asked.to(key.dtype), tl.trans(key), input_precision="ieee")
+    if SOFTCAP:
+        score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+    score = tl.where(visible[None, :], score, float("-inf"))
+    largest = tl.max(score, axis=1)
+    finite = tl.where(largest == float("-inf"), 0.0, largest)
+    weight = tl.exp(score - finite[:, None])
+    total = tl.sum(weight, axis=1)
+    rounded = weight.to(value.dtype)
+    mean = tl.dot(rounded, value, input_precision="ieee")
+    if value.dtype != tl.float32:
+        mean = tl.dot((weight - rounded.to(tl.float32)).to(value.dtype), value, mean)
     cell = query_head * splits + split
     tl.store(maxima + cell, largest, mask=real)
     tl.store(totals + cell, total, mask=real)
@@ -118,6 +121,7 @@ def merge_kernel(
     QUERY_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     SINK: tl.constexpr,
 ):
     """Put the splits and the coded tokens' part of one query head together."""
@@ -138,12 +142,20 @@ def merge_kernel(
     if SINK:
         total += tl.exp(logit - highest)
     summed = tl.load(coded_out + head * DIM + coordinate) * coded
-    for i in range(splits):
-        one = tl.exp(tl.load(maxima + head * splits + i) - highest)
-        summed += one * tl.load(means + (head * splits + i) * DIM + coordinate)
+    for first in range(0, splits, TOGETHER):
+        some = first + tl.arange(0, TOGETHER)
+        here = some < splits
+        share = tl.exp(tl.load(maxima + head * splits + some, mask=here, other=float("-inf")) - highest)
+        place = (head * splits + some)[:, None] * DIM + coordinate[None, :]
+        summed += tl.sum(share[:, None] * tl.load(means + place, mask=here[:, None], other=0.0), axis=0)
     # A row that sees nothing gets zeros.
     summed = summed / tl.where(total == 0.0, 1.0, total)
     tl.store(out + head * DIM + coordinate, summed.to(out.dtype.element_ty))
+
+
+def program_tokens(dim: int, element_bytes: int) -> int:
+    """Return how many tokens a program takes: 16 KiB of keys, and at least a matrix product's 16."""
+    return max(16, min(64, 16384 // (dim * element_bytes)))
 
 
 def attend_exact(
@@ -159,9 +171,9 @@ def attend_exact(
     rows, query_heads, dim = query.shape
     _, columns, kv_heads, _ = held.tail_keys.shape
     sinks, most = held.sink_keys.shape[1], held.most_outliers
-    splits = triton.cdiv(held.seen.shape[1], PROGRAM_TOKENS)
+    tokens = program_tokens(dim, held.tail_keys.element_size())
+    splits = triton.cdiv(held.seen.shape[1], tokens)
     group = query_heads // kv_heads
-    padded = triton.next_power_of_2(group)
     means = query.new_empty(rows, query_heads, splits, dim, dtype=torch.float32)
     maxima, totals = (query.new_empty(rows, query_heads, splits, dtype=torch.float32) for _ in range(2))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -187,14 +199,13 @@ def attend_exact(
         splits,
         KV_HEADS=kv_heads,
         GROUP=group,
-        PADDED=padded,
+        PADDED=max(LEAST_ROWS, triton.next_power_of_2(group)),
         DIM=dim,
-        TOKENS=PROGRAM_TOKENS,
-        BLOCK=BLOCK_TOKENS,
+        TOKENS=tokens,
         SOFTCAP=softcap is not None,
         OUTLIERS=some,
         INDEXED=held.outlier_index is not None,
-        num_warps=4 if padded * dim <= 512 else 8,
+        num_warps=4,
     )
     merge_kernel[(query_heads, rows)](
         means,
@@ -208,6 +219,7 @@ def attend_exact(
         QUERY_HEADS=query_heads,
         DIM=dim,
         SPLITS=triton.next_power_of_2(splits),
+        TOGETHER=SPLITS_TOGETHER,
         SINK=sink_logits is not None,
         num_warps=2,
     )
