@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import NEW_TOKENS, make_prompts
 from torch import Tensor
 
 from aquakv import AquaCache, ModelCodec, calibrate, preset
 from aquakv.data import token_sequences
 from aquakv.evaluation.results import write_benchmark
 from aquakv.models.loading import LoadedModel, load_model
+from fidelity import NEW_TOKENS, make_prompts
 
 
 def main() -> None:

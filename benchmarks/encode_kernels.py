@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_kernels import FIELD_WIDTHS, HEAD_DIM, KV_HEADS, QUERY_HEADS, WIDTH, graph_times, timing_row
 from torch import Tensor
 
 from aquakv.codec import EncodedVectors, GridQuantizer
@@ -29,6 +28,7 @@ from aquakv.kernels import PageLayout, record_planes, record_scales, unpack_page
 from aquakv.kernels.encode import EncodedPages, EncodeOperands, Guard, encode, triton
 from aquakv.kernels.reconstruct import ReconstructOperands, grid_coefficients, reconstruct
 from aquakv.numerics import load_grid
+from decode_kernels import FIELD_WIDTHS, HEAD_DIM, KV_HEADS, QUERY_HEADS, WIDTH, graph_times, timing_row
 
 TOKENS = 8192
 HIDDEN, INTERMEDIATE = 4096, 14336

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import compare_bytes
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, DynamicCache
 
@@ -29,6 +28,7 @@ from aquakv.evaluation.bench import allocated
 from aquakv.evaluation.results import write_benchmark
 from aquakv.models.adapter import adapt
 from aquakv.models.loading import LoadedModel, load_model
+from fidelity import compare_bytes
 
 PRESETS = {
     "paper 2 bit": preset("paper", 2),

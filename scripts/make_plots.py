@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib as mpl
-from make_tables import ROOT, TITLES, by_contestant, rows
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from tables.cells import TITLES, by_contestant
+from tables.committed import ROOT, rows
 
 #: The same file from the same data: no date, no random identifiers.
 mpl.rcParams["svg.hashsalt"] = "aquakv"

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import make_tables
-from make_tables import RESULTS, ROOT, SYSTEMS, TITLES, rows, title
+from tables import TABLES
+from tables.cells import SYSTEMS, TITLES, title
+from tables.committed import RESULTS, ROOT, rows
 
 PAGE = ROOT / "docs" / "results.md"
 
@@ -251,7 +252,6 @@ def summary() -> str:
 
 def parts() -> Iterable[str]:
     """Return the page, part by part."""
-    table = make_tables.TABLES
     yield (
         "# Results\n\n"
         "What was measured, and what was not. Written by `python scripts/make_results.py` from "
@@ -261,7 +261,7 @@ def parts() -> Iterable[str]:
         "held, scales included, times eight, by the values that they stand for."
     )
     yield f"## In short\n\n{summary()}"
-    yield f"## Quality\n\n{table['quality']()}"
+    yield f"## Quality\n\n{TABLES['quality']()}"
     yield f"The fewest measured bits that stay within an increase of perplexity, by text:\n\n{fewest_bits()}"
     yield (
         "## Beside other methods\n\n"
@@ -269,17 +269,17 @@ def parts() -> Iterable[str]:
         "lower one. All rows, and how methods were made: [competitors.md](competitors.md).\n\n"
         f"{best_at_each_rate()}"
     )
-    yield f"## Two models side by side with other methods\n\n{table['grid']()}"
-    yield f"## Memory by context on a GPU\n\n{table['memory']()}"
-    yield f"## With tokens evicted\n\n{table['pruning']()}"
-    yield f"## Speed and memory on a CPU\n\n{table['speed']()}"
-    yield f"## Attention to codes on a GPU\n\n{table['kernels']()}"
-    yield f"## Encoding on a GPU\n\n{table['encode_kernels']()}"
+    yield f"## Two models side by side with other methods\n\n{TABLES['grid']()}"
+    yield f"## Memory by context on a GPU\n\n{TABLES['memory']()}"
+    yield f"## With tokens evicted\n\n{TABLES['pruning']()}"
+    yield f"## Speed and memory on a CPU\n\n{TABLES['speed']()}"
+    yield f"## Attention to codes on a GPU\n\n{TABLES['kernels']()}"
+    yield f"## Encoding on a GPU\n\n{TABLES['encode_kernels']()}"
     yield (
         "## Generation end to end on a GPU\n\n"
-        f"Llama-3.1-8B's shapes with random weights.\n\n{table['end_to_end']()}"
+        f"Llama-3.1-8B's shapes with random weights.\n\n{TABLES['end_to_end']()}"
     )
-    yield f"## Calibration\n\n{table['calibration']()}"
+    yield f"## Calibration\n\n{TABLES['calibration']()}"
     yield f"## What was not run\n\n{not_run()}"
     yield f"## Where each figure comes from\n\n{devices()}"
 

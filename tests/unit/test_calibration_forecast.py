@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -203,10 +203,9 @@ def test_tables_of_calibrations_side_by_side_and_not(small_shape, tmp_path, monk
     result = {"versions": {"torch": "2"}, "device": "it", "rows": rows}
     for name in ("calibrate-h200", "calibrate-cpu"):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "scripts" / "make_tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    tables.RESULTS = tmp_path
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    tables = importlib.import_module("tables.calibration")
+    monkeypatch.setattr("tables.committed.RESULTS", tmp_path)
     for table in (tables.calibration(), tables.calibration_cpu()):
         lines = table.split("\n\n")[0].splitlines()
         assert len({line.count("|") for line in lines}) == 1

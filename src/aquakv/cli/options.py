@@ -21,7 +21,6 @@ from rich.progress import (
 from transformers import PreTrainedModel
 
 from aquakv.errors import ConfigError
-from aquakv.evaluation.quality import Quality
 from aquakv.models.demo import DEMO_MODELS, demo_model_path
 from aquakv.models.loading import LoadedModel, load_model
 
@@ -141,9 +140,9 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[_Counter], None]]:
         yield report
 
 
-def increase(quality: Quality) -> str:
+def increase(relative_increase: float, stderr: float) -> str:
     """Format the relative increase of perplexity with its standard error."""
-    return f"{100 * quality.relative_increase:+.2f} ± {100 * quality.relative_increase_stderr:.2f} %"
+    return f"{100 * relative_increase:+.2f} ± {100 * stderr:.2f} %"
 
 
 def mebibytes(count: int) -> str:

@@ -51,26 +51,63 @@ class Run:
 
         ``evaluate`` stands for the task's own; ``more`` is said in the result too.
         """
+        subject = self.subject()
+        loaded = self.load()
+        subject = subject.fitted(loaded)
+
+        def fields(setting: Setting) -> dict[str, Any]:
+            found = (evaluate or task.evaluate)(loaded, {subject.name: subject.method}, setting)
+            return found[subject.name]
+
+        return self.result(task.name, {**dataclasses.asdict(task), **more}, loaded, subject, unit, fields)
+
+    def subject(self) -> measured.Subject:
+        """Read what is to be measured, after a look at whether a result can be written."""
         if self.json_out is not None:
             require_writable(self.json_out, "result")
-        subject = measured.Subject.of(self.codec, self.baseline, self.text)
-        loaded = options.load(self.model, self.dtype, self.device)
-        subject = subject.fitted(loaded)
+        return measured.Subject.of(self.codec, self.baseline, self.text)
+
+    def load(self) -> LoadedModel:
+        """Load the model."""
+        return options.load(self.model, self.dtype, self.device)
+
+    def result(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        loaded: LoadedModel,
+        subject: measured.Subject,
+        unit: str,
+        evaluate: Callable[[Setting], Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Evaluate; return the result, which is written too.
+
+        Parameters
+        ----------
+        name
+            Of the task.
+        settings
+            What the result says of how the task was set.
+        loaded, subject
+            What is measured on which model.
+        unit
+            What is counted as work gets done.
+        evaluate
+            Returns the figures.
+        """
         started = time.perf_counter()
         with options.progress_bar("Evaluating", unit) as report:
-            setting = Setting(self.data_dir, self.batch_size, report)
-            found = (evaluate or task.evaluate)(loaded, {subject.name: subject.method}, setting)
-            fields = found[subject.name]
+            fields = evaluate(Setting(self.data_dir, self.batch_size, report))
+        elapsed = time.perf_counter() - started
         result = {
             "schema_version": SCHEMA_VERSION,
-            "command": f"eval {task.name}",
+            "command": f"eval {name}",
             "model": loaded.name,
             **subject.fields(),
-            **dataclasses.asdict(task),
-            **more,
+            **settings,
             "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
             **fields,
-            "elapsed_s": round(time.perf_counter() - started, 3),
+            "elapsed_s": round(elapsed, 3),
             **environment(),
         }
         if self.json_out is not None:

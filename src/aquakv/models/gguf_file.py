@@ -11,6 +11,7 @@ from aquakv.errors import ModelError
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
+    from transformers import PreTrainedConfig
 
 #: Kinds of tokens.
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -47,6 +48,14 @@ def special_tokens(reader: GGUFReader) -> dict[str, Any]:
     names = {name.removesuffix("_id"): number for name, number in special_ids(reader).items()}
     names["unk_token"] = field(reader, "tokenizer.ggml.unknown_token_id")
     return {name: tokens[number] for name, number in names.items()}
+
+
+def write_config(reader: GGUFReader, directory: Path, config: PreTrainedConfig) -> None:
+    """Write a model's configuration, and one of generation that ends where the model's text does."""
+    from transformers import GenerationConfig
+
+    config.save_pretrained(directory)
+    GenerationConfig(**special_ids(reader)).save_pretrained(directory)
 
 
 def write_weights(

@@ -13,12 +13,14 @@ from aquakv.models.gguf_file import (
     open_gguf,
     special_ids,
     special_tokens,
+    write_config,
     write_weights,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
+    from transformers import Gemma3TextConfig
 
 _BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -44,7 +46,7 @@ _LOCAL_ROPE_THETA = 10_000.0
 def convert(gguf_file: Path, directory: Path) -> None:
     """Write weights, configuration and tokenizer of ``gguf_file`` to ``directory``."""
     reader = open_gguf(gguf_file)
-    _write_config(reader, directory)
+    write_config(reader, directory, _config(reader))
     _write_tokenizer(reader, directory)
 
     def change(kind: str, values: np.ndarray) -> np.ndarray:
@@ -54,8 +56,8 @@ def convert(gguf_file: Path, directory: Path) -> None:
     write_weights(reader, directory, _BLOCK_TENSORS, change)
 
 
-def _write_config(reader: GGUFReader, directory: Path) -> None:
-    from transformers import Gemma3TextConfig, GenerationConfig
+def _config(reader: GGUFReader) -> Gemma3TextConfig:
+    from transformers import Gemma3TextConfig
 
     layers = field(reader, "gemma3.block_count")
     head_dim = field(reader, "gemma3.attention.key_length")
@@ -63,7 +65,7 @@ def _write_config(reader: GGUFReader, directory: Path) -> None:
         "sliding_attention": _LOCAL_ROPE_THETA,
         "full_attention": field(reader, "gemma3.rope.freq_base"),
     }
-    config = Gemma3TextConfig(
+    return Gemma3TextConfig(
         vocab_size=len(field(reader, "tokenizer.ggml.tokens")),
         hidden_size=field(reader, "gemma3.embedding_length"),
         intermediate_size=field(reader, "gemma3.feed_forward_length"),
@@ -87,8 +89,6 @@ def _write_config(reader: GGUFReader, directory: Path) -> None:
         dtype="bfloat16",
         **special_ids(reader),
     )
-    config.save_pretrained(directory)
-    GenerationConfig(**special_ids(reader)).save_pretrained(directory)
 
 
 def _write_tokenizer(reader: GGUFReader, directory: Path) -> None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aquakv.models.gguf_file import CONTROL, field, open_gguf, special_ids, special_tokens, write_weights
+from aquakv.models.gguf_file import (
+    CONTROL,
+    field,
+    open_gguf,
+    special_ids,
+    special_tokens,
+    write_config,
+    write_weights,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
+    from transformers import LlamaConfig
 
 _BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -27,7 +36,7 @@ _BLOCK_TENSORS = {
 def convert(gguf_file: Path, directory: Path) -> None:
     """Write weights, configuration and tokenizer of ``gguf_file`` to ``directory``."""
     reader = open_gguf(gguf_file)
-    _write_config(reader, directory)
+    write_config(reader, directory, _config(reader))
     _write_tokenizer(reader, directory)
     heads = {
         "attn_q": field(reader, "llama.attention.head_count"),
@@ -40,12 +49,12 @@ def convert(gguf_file: Path, directory: Path) -> None:
     write_weights(reader, directory, _BLOCK_TENSORS, change)
 
 
-def _write_config(reader: GGUFReader, directory: Path) -> None:
-    from transformers import GenerationConfig, LlamaConfig
+def _config(reader: GGUFReader) -> LlamaConfig:
+    from transformers import LlamaConfig
 
     num_heads = field(reader, "llama.attention.head_count")
     hidden_size = field(reader, "llama.embedding_length")
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=field(reader, "llama.vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=field(reader, "llama.feed_forward_length"),
@@ -62,8 +71,6 @@ def _write_config(reader: GGUFReader, directory: Path) -> None:
         dtype="bfloat16",
         **special_ids(reader),
     )
-    config.save_pretrained(directory)
-    GenerationConfig(**special_ids(reader)).save_pretrained(directory)
 
 
 def _write_tokenizer(reader: GGUFReader, directory: Path) -> None:

@@ -113,7 +113,7 @@ def _table(qualities: dict[str, Quality], dtype: torch.dtype, sequences: int, se
             name,
             f"{quality.bits_per_value:.2f}",
             f"{quality.perplexity:.3f}",
-            options.increase(quality),
+            options.increase(quality.relative_increase, quality.relative_increase_stderr),
             f"{quality.mean_kl:.4f}",
             f"{100 * quality.top1_agreement:.1f} %",
             options.mebibytes(quality.held_bytes // sequences),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -13,20 +13,15 @@ from aquakv.cli.commands import grid, harness
 from aquakv.cli.commands.eval_drift import drift
 from aquakv.cli.commands.eval_needle import needle
 from aquakv.cli.commands.eval_ruler import ruler
+from aquakv.cli.tasked import Run
 from aquakv.config import WindowConfig
 from aquakv.data import token_sequences
 from aquakv.errors import ConfigError
 from aquakv.evaluation.pruned import Contestant, default_context, evaluate_pruning, pruning_fields
-from aquakv.evaluation.quality import Quality, evaluate_quality
-from aquakv.evaluation.results import (
-    SCHEMA_VERSION,
-    environment,
-    pruned_quality_fields,
-    quality_fields,
-    write_json,
-)
+from aquakv.evaluation.quality import evaluate_quality
+from aquakv.evaluation.results import pruned_quality_fields, quality_fields
+from aquakv.evaluation.tasks import Setting
 from aquakv.eviction import H2O, EvictionPolicy, SnapKV
-from aquakv.files import require_writable
 
 app = typer.Typer(help="Evaluate a codec or a competitor against the exact cache.", no_args_is_help=False)
 harness.add_to(app)
@@ -99,80 +94,70 @@ def perplexity(
     json_out: options.Json = None,
 ) -> None:
     """Measure perplexity, divergence and agreement against the exact cache, on the same tokens."""
-    if json_out is not None:
-        require_writable(json_out, "result")
     policy = _policy(prune, keep, context, protocol)
     if policy is not None and baseline_name is not None:
         raise ConfigError("expected --prune or --baseline, got both: a competitor's cache evicts nothing")
     text = measured.CalibrationText(calibration_data, calibration_samples, calibration_seq_len, data_dir)
-    subject = measured.Subject.of(codec, baseline_name, text)
-    loaded_codec, method = subject.codec, subject.baseline
+    run = Run(model, codec, baseline_name, text, data_dir, batch_size, dtype, device, json_out)
+    subject = run.subject()
     subject.require_something_coded(seq_len)
-    if method is not None and protocol is ProtocolChoice.single_pass:
-        method.require_single_pass()
-    loaded = options.load(model, dtype, device)
+    if subject.baseline is not None and protocol is ProtocolChoice.single_pass:
+        subject.baseline.require_single_pass()
+    loaded = run.load()
     options.require_length(seq_len, loaded)
     subject = subject.fitted(loaded)
     tokens = token_sequences([data], loaded.tokenizer, samples, seq_len, data_dir)
-    window = WindowConfig() if loaded_codec is None else loaded_codec.config.window
+
+    window = WindowConfig() if subject.codec is None else subject.codec.config.window
     behind = context or default_context(seq_len, window)
-    started = time.perf_counter()
-    with options.progress_bar("Evaluating", "sequences") as report:
+
+    def evaluate(setting: Setting) -> dict[str, Any]:
         if policy is None:
-            results = evaluate_quality(
+            found = evaluate_quality(
                 loaded.model,
                 tokens,
-                {"measured": subject.method},
-                protocol="streaming" if protocol is ProtocolChoice.streaming else "single-pass",
-                batch_size=batch_size,
-                progress=report,
+                {subject.name: subject.method},
+                protocol=protocol.value,
+                batch_size=setting.batch_size,
+                progress=setting.progress,
             )
-        else:
-            results = evaluate_pruning(
-                loaded.model,
-                tokens,
-                {"pruned": Contestant(loaded_codec, policy)},
-                behind,
-                batch_size=batch_size,
-                progress=report,
-            )
-    elapsed = time.perf_counter() - started
-    quality = next(iter(results.values()))
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "command": "eval perplexity",
-        "model": loaded.name,
-        **subject.fields(),
+            return quality_fields(found[subject.name])
+        found = evaluate_pruning(
+            loaded.model,
+            tokens,
+            {subject.name: Contestant(subject.codec, policy)},
+            behind,
+            batch_size=setting.batch_size,
+            progress=setting.progress,
+        )
+        return {"pruning": pruning_fields(policy, behind), **pruned_quality_fields(found[subject.name])}
+
+    settings = {
         "data": data,
         "seq_len": seq_len,
         "samples": samples,
         "protocol": protocol.value if policy is None else "pruned context",
-        "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
-        **(quality_fields(quality) if policy is None else _pruned_fields(quality, policy, behind)),
-        "elapsed_s": round(elapsed, 3),
-        **environment(),
     }
-    if json_out is not None:
-        write_json(json_out, result)
-    if policy is not None:
-        bits = quality.bits_per_original_value
-        typer.echo(
-            f"perplexity {quality.perplexity:.4f} behind a pruned context, exact cache "
-            f"{quality.baseline_perplexity:.4f} ({options.increase(quality)}); "
-            f"KL {quality.mean_kl:.2e} nats; top-1 agreement {100 * quality.top1_agreement:.2f} %; "
-            f"{bits:.3f} bits per value of all that was fed; {quality.tokens} tokens of {data}"
-        )
-        return
-    if subject.method is None:
-        typer.echo(
-            f"perplexity {quality.perplexity:.4f} with the exact cache, {quality.tokens} tokens of {data}"
-        )
-        return
-    typer.echo(
-        f"perplexity {quality.perplexity:.4f}, exact cache {quality.baseline_perplexity:.4f} "
-        f"({options.increase(quality)}); KL {quality.mean_kl:.2e} nats; "
-        f"top-1 agreement {100 * quality.top1_agreement:.2f} %; {quality.bits_per_value:.3f} bits per value; "
-        f"{quality.tokens} tokens of {data}"
+    result = run.result("perplexity", settings, loaded, subject, "sequences", evaluate)
+    typer.echo(_line(result, subject.method is None and policy is None))
+
+
+def _line(result: Mapping[str, Any], exact: bool) -> str:
+    """Say the figures: of the exact cache alone, of a pruned context, or of a method."""
+    perplexity = f"perplexity {result['perplexity']:.4f}"
+    of = f"{result['tokens']} tokens of {result['data']}"
+    if exact:
+        return f"{perplexity} with the exact cache, {of}"
+    if "pruning" in result:
+        where = " behind a pruned context"
+        bits = f"{result['bits_per_original_value']:.3f} bits per value of all that was fed"
+    else:
+        where, bits = "", f"{result['bits_per_value']:.3f} bits per value"
+    increase = options.increase(result["relative_increase"], result["relative_increase_stderr"])
+    return (
+        f"{perplexity}{where}, exact cache "
+        f"{result['baseline_perplexity']:.4f} ({increase}); KL {result['mean_kl']:.2e} nats; "
+        f"top-1 agreement {100 * result['top1_agreement']:.2f} %; {bits}; {of}"
     )
 
 
@@ -193,7 +178,3 @@ def _policy(
             raise ConfigError(f"--keep: expected a fraction up to 1 or a whole number of tokens, got {keep}")
         share = int(share)
     return _POLICIES[prune](keep=share)
-
-
-def _pruned_fields(quality: Quality, policy: EvictionPolicy, context: int) -> dict[str, Any]:
-    return {"pruning": pruning_fields(policy, context), **pruned_quality_fields(quality)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from aquakv.evaluation.report.load import Record, Source
-from aquakv.evaluation.report.markup import Markup, tag
+from aquakv.evaluation.report.markup import Markup, join, tag
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
@@ -65,12 +65,50 @@ def device_of(record: Record) -> str:
     return record.text("device", record.source.device or "device not named")
 
 
+def file_title(record: Record) -> str:
+    """Return what people call a row's file."""
+    return record.source.name.removesuffix(".json").replace("-", " ")
+
+
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Return items by a key, in the order of their first appearance."""
     found: dict[Key, list[Item]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found
+
+
+def by_file(
+    name: str,
+    title: str,
+    intro: str,
+    rows: Sequence[Record],
+    parts: Callable[[Sequence[Record]], Sequence[Markup | None]],
+) -> Section | None:
+    """Return a section with a group for every file and device, or None without rows.
+
+    Parameters
+    ----------
+    name, title, intro
+        See `Section`.
+    rows
+        All of its rows.
+    parts
+        Returns what is in a group, between its heading and where its figures come from.
+    """
+    if not rows:
+        return None
+    groups = grouped(rows, lambda row: (row.source.name, device_of(row)))
+    body = [
+        tag(
+            "section",
+            tag("h3", f"{file_title(members[0])}, {device}"),
+            *parts(members),
+            provenance(members),
+        )
+        for (_, device), members in groups.items()
+    ]
+    return Section(name, title, intro, join(body))
 
 
 def provenance(records: Sequence[Record]) -> Markup:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from aquakv.evaluation.report import formats
 from aquakv.evaluation.report.load import Record
-from aquakv.evaluation.report.markup import Markup, join, tag
-from aquakv.evaluation.report.section import Section, device_of, grouped, provenance
+from aquakv.evaluation.report.markup import Markup, tag
+from aquakv.evaluation.report.section import Section, by_file, grouped
 from aquakv.evaluation.report.tables import Column, table
 
 #: Phases in the order of the work.
@@ -34,16 +34,13 @@ def takes(record: Record) -> bool:
 
 def section(records: Sequence[Record]) -> Section | None:
     """Return the section of calibration, if there are rows of it."""
-    rows = [record for record in records if takes(record)]
-    if not rows:
-        return None
-    groups = grouped(rows, lambda row: (row.source.name, device_of(row)))
-    return Section(
+    return by_file(
         "calibration",
         "Calibration",
         "Seconds that it takes to calibrate a codec, once per model. Where only some layers were run, the "
         "time of all of them is projected from these, and says so.",
-        join([_group(members) for members in groups.values()]),
+        [record for record in records if takes(record)],
+        _group,
     )
 
 
@@ -62,7 +59,7 @@ class _Run:
         return self.total.number("projected_total_seconds") if self.part else None
 
 
-def _group(rows: Sequence[Record]) -> Markup:
+def _group(rows: Sequence[Record]) -> list[Markup | None]:
     runs = [_Run(members) for members in grouped(rows, lambda row: row.text("contestant")).values()]
     columns: list[Column[_Run]] = [
         Column("calibration", lambda run: run.name, numeric=False),
@@ -83,13 +80,10 @@ def _group(rows: Sequence[Record]) -> Markup:
         columns.append(
             Column("tokens/s", lambda run: run.total.number("tokens_per_second"), formats.number, "high")
         )
-    return tag(
-        "section",
-        tag("h3", f"{rows[0].source.name.removesuffix('.json').replace('-', ' ')}, {device_of(rows[0])}"),
-        [_stack(run) for run in runs if run.phases],
+    return [
+        *[_stack(run) for run in runs if run.phases],
         table("Time and memory of calibrations.", columns, [(None, runs)]),
-        provenance(rows),
-    )
+    ]
 
 
 def _stack(run: _Run) -> Markup:

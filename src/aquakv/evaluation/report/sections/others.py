@@ -8,7 +8,7 @@ from aquakv.evaluation.report import formats
 from aquakv.evaluation.report.load import Record
 from aquakv.evaluation.report.markup import Markup, join, tag
 from aquakv.evaluation.report.names import method_of
-from aquakv.evaluation.report.section import Section, grouped, model_title, provenance
+from aquakv.evaluation.report.section import Section, file_title, grouped, model_title, provenance
 from aquakv.evaluation.report.tables import Column, table
 
 #: What a table of other rows does not repeat.
@@ -70,7 +70,7 @@ def _group(rows: Sequence[Record], fields: Sequence[str]) -> Markup:
             columns.append(
                 Column(name.replace("_", " "), lambda row, name=name: row.text(name), numeric=False)
             )
-    title = rows[0].source.name.removesuffix(".json").replace("-", " ")
+    title = file_title(rows[0])
     return tag(
         "section", tag("h3", title), table(f"Rows of {title}.", columns, [(None, rows)]), provenance(rows)
     )

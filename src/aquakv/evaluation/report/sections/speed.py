@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from aquakv.evaluation.report import formats
 from aquakv.evaluation.report.load import Record
-from aquakv.evaluation.report.markup import Markup, join, tag
+from aquakv.evaluation.report.markup import Markup, tag
 from aquakv.evaluation.report.names import method_of, styles
-from aquakv.evaluation.report.section import Section, device_of, grouped, model_title, provenance
+from aquakv.evaluation.report.section import Section, by_file, grouped, model_title
 from aquakv.evaluation.report.tables import Column, table
 
 _RATIOS = ("ratio_to_bf16", "ratio_to_exact", "ratio_to_prefill")
@@ -21,16 +21,13 @@ def takes(record: Record) -> bool:
 
 def section(records: Sequence[Record]) -> Section | None:
     """Return the section of times, if there are any."""
-    rows = [record for record in records if takes(record)]
-    if not rows:
-        return None
-    groups = grouped(rows, lambda row: (row.source.name, device_of(row)))
-    return Section(
+    return by_file(
         "speed",
         "Speed",
         "Medians, with the 20th and 80th percentile where they were kept; ratios are to the uncompressed "
         "cache in the same process (to a whole layer's prefill where the column says so). Lower is better.",
-        join([_group(members) for members in groups.values()]),
+        [record for record in records if takes(record)],
+        _group,
     )
 
 
@@ -96,7 +93,7 @@ def _bar(rows: Sequence[Record], name: str) -> Markup | None:
     return tag("ul", bars, class_="bars")
 
 
-def _group(rows: Sequence[Record]) -> Markup:
+def _group(rows: Sequence[Record]) -> list[Markup | None]:
     settings = grouped(rows, _setting)
     ratio = next((name for name in _RATIOS if any(row.number(name) is not None for row in rows)), None)
     columns: list[Column[Record]] = [
@@ -129,9 +126,7 @@ def _group(rows: Sequence[Record]) -> Markup:
         for setting, members in settings.items()
         if ratio is not None and (bar := _bar(members, ratio)) is not None
     ]
-    return tag(
-        "section",
-        tag("h3", f"{rows[0].source.name.removesuffix('.json').replace('-', ' ')}, {device_of(rows[0])}"),
+    return [
         tag("div", charts, class_="charts") if charts else None,
         table(
             "Times of one kind of work below each other. ★ best of its kind.",
@@ -139,8 +134,7 @@ def _group(rows: Sequence[Record]) -> Markup:
             list(settings.items()),
             strong=lambda row: method_of(row).ours,
         ),
-        provenance(rows),
-    )
+    ]
 
 
 def _times(value: float) -> str:
