@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,15 +28,15 @@ def make_case(name, dtype=torch.float32):
         return torch.randn(*size, generator=random).to(dtype)
 
     vectors = [normal(rows, n, kv_heads, dim) for n in (sinks, sinks, columns, columns)]
-    index, beside = None, (None, None)
+    index, beside, beside_seen = None, (None, None), None
     if outliers:
         beside = normal(outliers, kv_heads, dim), normal(outliers, kv_heads, dim)
+        beside_seen = torch.rand(rows, 4 if indexed else outliers, generator=random) < 0.7
     if indexed:
         index = torch.randint(outliers, (rows, 4), generator=random)
-    count = sinks + columns + (0 if not outliers else 4 if indexed else outliers)
-    seen = torch.rand(rows, count, generator=random) < 0.7
+    seen = torch.rand(rows, sinks + columns, generator=random) < 0.7
     coded = torch.randn(rows, heads, dim, generator=random), torch.randn(rows, heads, generator=random) + 2
-    return normal(rows, heads, dim), HeldTokens(*vectors, *beside, index, seen), coded
+    return normal(rows, heads, dim), HeldTokens(*vectors, *beside, index, seen, beside_seen), coded
 
 
 def plain(query, held, coded, scaling, softcap, sink_logits):
@@ -49,7 +50,10 @@ def plain(query, held, coded, scaling, softcap, sink_logits):
             which = slice(None) if held.outlier_index is None else held.outlier_index[row]
             own[0].append(held.outlier_keys[which])
             own[1].append(held.outlier_values[which])
-        keys, values = (torch.cat(parts).double()[held.seen[row]] for parts in own)
+        seen = held.seen[row]
+        if held.outliers_seen is not None:
+            seen = torch.cat([seen, held.outliers_seen[row]])
+        keys, values = (torch.cat(parts).double()[seen] for parts in own)
         for head in range(heads):
             scores = scaling * keys[:, head // group] @ query[row, head].double()
             if softcap is not None:
@@ -77,8 +81,11 @@ def test_the_definition_is_one_softmax(name, softcap, sinks):
 
 def test_what_does_not_fit_is_refused():
     query, held, (out, lse) = make_case("rows")
-    with pytest.raises(ShapeError, match=r"expected seen \[2, 70\]"):
+    with pytest.raises(ShapeError, match=r"expected seen \[2, 66\], got \[3, 66\]"):
         attend_exact(query[:2], held, out, lse, scaling=1.0)
+    for seen in (None, held.outliers_seen[:, :2]):
+        with pytest.raises(ShapeError, match=r"expected outliers_seen \[3, 4\], got"):
+            attend_exact(query, replace(held, outliers_seen=seen), out, lse, scaling=1.0)
     with pytest.raises(ShapeError, match="coded_out"):
         attend_exact(query, held, out[:, :1], lse, scaling=1.0)
 
@@ -96,6 +103,8 @@ def test_kernels_equal_the_definition(name, softcap, sinks):
     held.tail_values[0, ~held.seen[0, held.sink_keys.shape[1] :][: held.tail_keys.shape[1]]] = torch.nan
     if len(query) > 1:
         held.seen[1] = False
+        if held.outliers_seen is not None:
+            held.outliers_seen[1] = False
         coded[0][1], coded[1][1] = 0, -torch.inf
     held = HeldTokens(*(None if t is None else t.to(DEVICE) for t in vars(held).values()))
     query, coded = query.to(DEVICE), [t.to(DEVICE) for t in coded]
@@ -150,7 +159,13 @@ def test_kernels_compile(capability, group, dim, dtype):
     held = ("query", "sink_keys", "sink_values", "tail_keys", "tail_values", "outlier_keys", "outlier_values")
     arguments = dict.fromkeys(held, dtype)
     arguments |= dict.fromkeys(("means", "maxima", "totals", "coded_out", "coded_lse"), torch.float32)
-    arguments |= {"outlier_index": "*i64", "seen": "*i1", "out": dtype, "sink_logits": dtype}
+    arguments |= {
+        "outlier_index": "*i64",
+        "seen": "*i1",
+        "outliers_seen": "*i1",
+        "out": dtype,
+        "sink_logits": dtype,
+    }
     arguments |= dict.fromkeys(("scaling", "softcap"), "fp32")
     arguments |= dict.fromkeys(("sinks", "columns", "most", "splits"), "i32")
     padded = max(LEAST_ROWS, 1 << (group - 1).bit_length())
@@ -159,7 +174,7 @@ def test_kernels_compile(capability, group, dim, dtype):
     flags = {"SOFTCAP": True, "OUTLIERS": True, "INDEXED": True}
     for kernel, constants in (
         (partial_attention_kernel, shape | flags),
-        (merge_kernel, {"QUERY_HEADS": 8 * group, "DIM": dim, "SPLITS": 8, "TOGETHER": 8, "SINK": True}),
+        (merge_kernel, {"QUERY_HEADS": 8 * group, "DIM": dim, "SPLITS": 16, "TOGETHER": 8, "SINK": True}),
     ):
         compiled = compile_kernel(kernel, capability, arguments, constants, num_warps=4)
         assert re.search(rf"\.target sm_{capability}", compiled.asm["ptx"])

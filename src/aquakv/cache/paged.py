@@ -315,10 +315,8 @@ class PagedStep(CodesStep):
         exact.add(self._new[device], key_states.transpose(1, 2), value_states.transpose(1, 2))
         chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
         dtype = torch.float32 if chosen == "torch" else torch.float16
-        seen, outliers, index = self._seen[device], records.places, None
+        outliers = records.places
         rows = self.state.outliers(layout, layer_idx, records, tables, most)
-        if rows is not None:
-            index, seen = rows.index, torch.cat([seen, rows.present], 1)
         tail = exact.key_buffer, exact.value_buffer
         if self._first_kept():  # what is kept moves within the buffers before anything attends
             tail = tail[0].clone(), tail[1].clone()
@@ -328,8 +326,9 @@ class PagedStep(CodesStep):
             *tail,
             None if outliers is None else outliers.keys,
             None if outliers is None else outliers.values,
-            index,
-            seen,
+            None if rows is None else rows.index,
+            self._seen[device],
+            None if rows is None else rows.present,
         )
         view = PagedView(
             self,

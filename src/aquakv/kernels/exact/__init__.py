@@ -30,8 +30,10 @@ class HeldTokens:
     outlier_index
         ``[rows, most]`` int64: which outliers are each row's; None for a single row, which has them all.
     seen
-        ``[rows, sinks + columns + most]`` bool: which of these the new token sees. What the others hold is of
-        no matter.
+        ``[rows, sinks + columns]`` bool: which of these the new token sees. What the others hold is of no
+        matter.
+    outliers_seen
+        ``[rows, most]`` bool: the same of outliers; None if there are none.
     """
 
     sink_keys: Tensor
@@ -42,6 +44,7 @@ class HeldTokens:
     outlier_values: Tensor | None
     outlier_index: Tensor | None
     seen: Tensor
+    outliers_seen: Tensor | None
 
     @property
     def most_outliers(self) -> int:
@@ -94,12 +97,15 @@ def attend_exact(
         The backend cannot run here.
     """
     rows, _, dim = query.shape
-    columns = held.sink_keys.shape[1] + held.tail_keys.shape[1] + held.most_outliers
-    if tuple(held.seen.shape) != (rows, columns) or coded_out.shape != query.shape:
-        raise ShapeError(
-            f"exact tokens: expected seen [{rows}, {columns}] and coded_out {list(query.shape)}, got "
-            f"{list(held.seen.shape)} and {list(coded_out.shape)}"
-        )
+    expected = {
+        "seen": (held.seen, [rows, held.sink_keys.shape[1] + held.tail_keys.shape[1]]),
+        "outliers_seen": (held.outliers_seen, [rows, held.most_outliers] if held.most_outliers else None),
+        "coded_out": (coded_out, list(query.shape)),
+    }
+    for name, (tensor, shape) in expected.items():
+        found = None if tensor is None else list(tensor.shape)
+        if found != shape and (shape or (found and found[1])):
+            raise ShapeError(f"exact tokens: expected {name} {shape}, got {found}")
     chosen = resolve_backend("triton" if backend == "hopper" else backend, query)
     if chosen == "torch" or query.dtype == torch.float64 or dim & (dim - 1):
         return reference.attend_exact(query, held, coded_out, coded_lse, scaling, softcap, sink_logits)

@@ -32,7 +32,8 @@ def attend_exact(
     scores = grouped @ torch.cat(keys, 1).permute(0, 2, 3, 1).to(precise)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~held.seen[:, None, None], -torch.inf)
+    seen = held.seen if held.outliers_seen is None else torch.cat([held.seen, held.outliers_seen], 1)
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     lse = coded_lse.to(precise).view(rows, kv_heads, -1, 1)
     highest = torch.maximum(scores.amax(-1, keepdim=True), lse)
     sink = None
@@ -47,7 +48,7 @@ def attend_exact(
         total = total + (sink - highest).exp()
     total = total.clamp(min=torch.finfo(precise).tiny)
     # Whatever an unseen token holds, nothing times it must be nothing.
-    seen_values = torch.cat(values, 1).masked_fill(~held.seen[:, :, None, None], 0)
+    seen_values = torch.cat(values, 1).masked_fill(~seen[:, :, None, None], 0)
     out = (weights / total) @ seen_values.transpose(1, 2).to(precise)
     out = out + coded_out.to(precise).view(rows, kv_heads, -1, dim) * (share / total)
     return out.reshape(rows, heads, dim).to(query.dtype)

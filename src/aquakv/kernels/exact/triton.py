@@ -35,6 +35,7 @@ def partial_attention_kernel(
     outlier_values,
     outlier_index,
     seen,
+    outliers_seen,
     means,
     maxima,
     totals,
@@ -64,7 +65,7 @@ def partial_attention_kernel(
     query_head = (row * KV_HEADS + head) * GROUP + member
     real = member < GROUP
     asked = tl.load(query + query_head[:, None] * DIM + coordinate[None, :], mask=real[:, None], other=0.0)
-    count = sinks + columns + most
+    count = sinks + columns
     token = split * TOKENS + tl.arange(0, TOKENS)
     visible = tl.load(seen + row * count + token, mask=token < count, other=0) != 0
     is_sink = token < sinks
@@ -72,8 +73,10 @@ def partial_attention_kernel(
     step: tl.constexpr = KV_HEADS * DIM
     at = tl.where(is_sink, row * sinks + token, row * columns + token - sinks).to(tl.int64)
     if OUTLIERS:
-        number = token - sinks - columns
+        number = token - count
         is_outlier = number >= 0
+        present = tl.load(outliers_seen + row * most + number, mask=is_outlier & (number < most), other=0)
+        visible = visible | (present != 0)
         if INDEXED:
             which = tl.load(outlier_index + row * most + number, mask=visible & is_outlier, other=0)
             at = tl.where(is_outlier, which, at)
@@ -145,9 +148,9 @@ def merge_kernel(
     for first in range(0, splits, TOGETHER):
         some = first + tl.arange(0, TOGETHER)
         here = some < splits
-        share = tl.exp(tl.load(maxima + head * splits + some, mask=here, other=float("-inf")) - highest)
+        own = tl.exp(tl.load(maxima + head * splits + some, mask=here, other=float("-inf")) - highest)
         place = (head * splits + some)[:, None] * DIM + coordinate[None, :]
-        summed += tl.sum(share[:, None] * tl.load(means + place, mask=here[:, None], other=0.0), axis=0)
+        summed += tl.sum(own[:, None] * tl.load(means + place, mask=here[:, None], other=0.0), axis=0)
     # A row that sees nothing gets zeros.
     summed = summed / tl.where(total == 0.0, 1.0, total)
     tl.store(out + head * DIM + coordinate, summed.to(out.dtype.element_ty))
@@ -172,7 +175,7 @@ def attend_exact(
     _, columns, kv_heads, _ = held.tail_keys.shape
     sinks, most = held.sink_keys.shape[1], held.most_outliers
     tokens = program_tokens(dim, held.tail_keys.element_size())
-    splits = triton.cdiv(held.seen.shape[1], tokens)
+    splits = triton.cdiv(held.seen.shape[1] + most, tokens)
     group = query_heads // kv_heads
     means = query.new_empty(rows, query_heads, splits, dim, dtype=torch.float32)
     maxima, totals = (query.new_empty(rows, query_heads, splits, dtype=torch.float32) for _ in range(2))
@@ -188,6 +191,7 @@ def attend_exact(
         held.outlier_values if some else held.tail_values,
         held.seen if held.outlier_index is None else held.outlier_index,
         held.seen.contiguous(),
+        held.seen if held.outliers_seen is None else held.outliers_seen.contiguous(),
         means,
         maxima,
         totals,
