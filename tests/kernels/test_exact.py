@@ -1,11 +1,10 @@
 """Attention to exact tokens beside coded ones: the definition, and Triton kernels against it."""
 
-import os
 import re
 
 import pytest
 import torch
-from interpreted import DEVICE, INTERPRETED, on_this_device, require_interpreted
+from interpreted import DEVICE, INTERPRETED, on_this_device
 
 from aquakv.errors import ShapeError
 from aquakv.kernels.exact import HeldTokens, attend_exact
@@ -17,6 +16,15 @@ CASES = {
     "no outliers, no sinks": (2, 8, 8, 128, 0, 70, 0, False),
     "many": (1, 8, 1, 64, 4, 128, 300, False),
 }
+
+#: Everything with everything; in the interpreter, which takes a second for each, all pairs of choices.
+COMBINATIONS = [
+    (name, sinks, softcap)
+    for number, name in enumerate(CASES)
+    for sinks in (False, True)
+    for softcap in (None, 0.7)
+    if not INTERPRETED or (number + sinks + (softcap is None)) % 2
+]
 
 
 def make_case(name, dtype=torch.float32):
@@ -84,9 +92,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @on_this_device
-@pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "sinks", "softcap"), COMBINATIONS)
 def test_kernels_equal_the_definition(name, softcap, sinks):
     dtype = torch.float16 if softcap is None else torch.float32
     query, held, coded = make_case(name, dtype)
@@ -111,13 +117,7 @@ def test_kernels_equal_the_definition(name, softcap, sinks):
         assert not got[1].any()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
-def test_kernels_equal_the_definition_interpreted():
-    pytest.importorskip("triton", reason="needs triton")
-    require_interpreted(__file__, 4 * len(CASES), "-k", "kernels_equal_the_definition")
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize(("group", "dim"), [(4, 128), (8, 64), (1, 256)])
 def test_kernels_compile(capability, group, dim):
