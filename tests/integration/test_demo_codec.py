@@ -17,7 +17,7 @@ from aquakv.models.loading import load_model
 
 pytestmark = pytest.mark.slow
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def codecs(demo):
     configs = {f"{name} {b}": preset(name, b) for name, bits in names.items() for b in bits}
     with pytest.MonkeyPatch.context() as patch:
         # What layers weigh is measured on fewer tokens than otherwise, for that takes half of the time.
-        patch.setattr("aquakv.calibration.planner.PROBE_TOKENS", 128)
+        patch.setattr("aquakv.calibration.planner.PROBE_TOKENS", 64)
         return calibrate_many(demo.model, tokens, configs, batch_size=1)
 
 
 @pytest.fixture(scope="module")
 def qualities(demo, codecs):
-    tokens = token_sequences(["pydoc:test"], demo.tokenizer, 2, 1024)
+    tokens = token_sequences(["pydoc:test"], demo.tokenizer, 2, 768)
     chosen = {name: codec for name, codec in codecs.items() if name != "paper 8"}
     return evaluate_quality(demo.model, tokens, chosen, protocol="single-pass")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from codec_cases import LAYERS, history_of, random_layers, tokens_of
-from interpreted import DEVICE, INTERPRETED, on_this_device, require_interpreted
+from interpreted import DEVICE, INTERPRETED, on_this_device
 
 from aquakv.codec import EncodedVectors, GridQuantizer
 from aquakv.errors import ShapeError
@@ -154,9 +154,3 @@ def test_no_pages_give_no_tokens():
     pages = (records[:0].to(DEVICE) for records in got[:2])
     keys, values = reconstruct(*pages, latent[:0].to(DEVICE), operands, backend="triton")
     assert keys.shape == values.shape == (0, 128)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
-def test_kernels_equal_their_definitions_interpreted():
-    pytest.importorskip("triton", reason="needs triton")
-    require_interpreted(__file__, 3 * len(LAYERS) + 2 * len(GRIDS) + 1, "-k", "equal or no_pages")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decode_cases import SHAPES, codes_to, make_case
-from interpreted import DEVICE, INTERPRETED, on_this_device, require_interpreted
+from interpreted import DEVICE, on_this_device
 
 from aquakv.kernels import attend_codes
 from aquakv.kernels.combine import combine
@@ -87,8 +87,3 @@ def test_a_step_can_be_captured():
     again = attend_codes(*step, scaling=case.scaling)
     assert torch.equal(captured.out, again.out)
     assert torch.equal(captured.lse, again.lse)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs these tests interpreted")
-def test_kernels_equal_their_definitions_interpreted():
-    require_interpreted(__file__, len(SHAPES))

@@ -26,7 +26,7 @@ def test_a_compiled_model_gives_the_same(name, settings, in_place):
     model = build("llama")
     codec = guarded_codec("llama", fraction=0.05) if name == "guarded" else variant(name)
     window = WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
-    tokens, sizes = random_tokens(2, 140, seed=4), [75, 1, 1, 3, *[1] * 60]
+    tokens, sizes = random_tokens(2, 140, seed=4), [115, 1, 1, 3, *[1] * 20]
     expected = feed(model, AquaCache(model, codec, window=window, **settings), tokens, sizes)
     cache = AquaCache(model, codec, window=window, **settings)
     compiled = model
