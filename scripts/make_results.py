@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tables import TABLES
-from tables.cells import SYSTEMS, TITLES, title
+from tables.cells import SYSTEMS, TITLES, table, title
 from tables.committed import RESULTS, ROOT, rows
 
 PAGE = ROOT / "docs" / "results.md"
@@ -43,10 +43,7 @@ def is_ours(row: Row) -> bool:
 def best_at_each_rate() -> str:
     """Return the least divergence up to every rate: ours, and the competitors'."""
     _, all_rows = rows("competitors-demo")
-    lines = [
-        "| up to | best of ours | bits | KL | best of the others | bits | KL |",
-        "| --- " * 7 + "|",
-    ]
+    lines = []
     for rate in RATES:
         cells = [f"{rate:g} bit{'s' * (rate > 1)}"]
         for ours in (True, False):
@@ -60,13 +57,13 @@ def best_at_each_rate() -> str:
         if all(kls) and kls[0] != kls[1]:
             least = 3 if float(kls[0]) < float(kls[1]) else 6
             cells[least] = f"**{cells[least]}**"
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     bits = [row["bits_per_value"] for row in all_rows if is_ours(row)]
-    lines += [
-        "",
+    return table(
+        ["up to", "best of ours", "bits", "KL", "best of the others", "bits", "KL"],
+        lines,
         f"Of ours, {min(bits):.2f} to {max(bits):.2f} bits were measured here, of the others up to 8.",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def fewest_bits() -> str:
@@ -75,7 +72,7 @@ def fewest_bits() -> str:
     texts = list(dict.fromkeys((row["data"], row["seq_len"]) for row in all_rows))
     lengths = {seq_len for _, seq_len in texts}
     titles = [title({"data": data, "seq_len": seq_len}, lengths) for data, seq_len in texts]
-    lines = [f"| within | preset | {' | '.join(titles)} |", "| --- " * (len(titles) + 2) + "|"]
+    lines = []
     for loss in LOSSES:
         for preset in OURS:
             cells = [
@@ -92,7 +89,7 @@ def fewest_bits() -> str:
                 for text in texts
             ]
             written = [f"{bits:.2f}" if bits is not None else "–" for bits in cells]
-            lines.append(f"| {100 * loss:g} % | `{preset}` | {' | '.join(written)} |")
+            lines.append([f"{100 * loss:g} %", f"`{preset}`", *written])
     measured = {
         preset: sorted(
             {f"{row['bits_per_value']:.2f}" for row in all_rows if row["contestant"].split()[0] == preset}
@@ -100,8 +97,8 @@ def fewest_bits() -> str:
         for preset in OURS
     }
     rates = "; ".join(f"`{preset}` at {', '.join(bits)}" for preset, bits in measured.items())
-    lines += ["", f"Measured were {rates} bits. – stands where none of these was within."]
-    return "\n".join(lines)
+    note = f"Measured were {rates} bits. – stands where none of these was within."
+    return table(["within", "preset", *titles], lines, note)
 
 
 def names(pattern: str) -> list[str]:
@@ -179,24 +176,20 @@ def not_run() -> str:
 
 def devices() -> str:
     """Return which file was measured on what."""
-    lines = ["| file | device | torch | transformers | commit |", "| --- " * 5 + "|"]
+    lines = []
     for name in names("*"):
         content, _ = rows(name)
         versions = content["versions"]
-        commit = (
-            (content["git_sha"] or "before this repository")[:10]
-            if content["git_sha"]
-            else "before this code"
+        lines.append(
+            [
+                f"[{name}](../benchmarks/results/{next(RESULTS.glob(f'{name}.json*')).name})",
+                content["device"],
+                versions.get("torch", ""),
+                versions.get("transformers", ""),
+                content["git_sha"][:10] if content["git_sha"] else "before this code",
+            ]
         )
-        cells = [
-            f"[{name}](../benchmarks/results/{next(RESULTS.glob(f'{name}.json*')).name})",
-            content["device"],
-            versions.get("torch", ""),
-            versions.get("transformers", ""),
-            commit,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table(["file", "device", "torch", "transformers", "commit"], lines)
 
 
 def percent(row: Row) -> str:

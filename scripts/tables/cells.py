@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from aquakv.evaluation.report import names
 
 #: What the columns are called; other data by their name.
 TITLES = {
@@ -14,21 +17,20 @@ TITLES = {
 }
 
 #: How contestants are called that are no presets; "+window": with the exact tokens of the presets.
-SYSTEMS = {
-    "rtn": "round-to-nearest",
-    "kivi": "KIVI",
+SYSTEMS = names.SYSTEMS | {
     "kvquant": "KVQuant, 1 % outliers",
-    "quarot": "QuaRot",
-    "turboquant": "TurboQuant",
-    "turboquant-sketch": "TurboQuant, sketched keys",
-    "higgs": "HIGGS",
-    "kvtc": "KVTC-like",
-    "fp8": "FP8",
     "quanto": "transformers' QuantizedCache (quanto)",
 }
 
 #: Columns of a method's rate and quality.
-QUALITY_TITLES = "bits per value | with exact tokens | perplexity | mean KL (nats) | same top"
+QUALITY_TITLES = ("bits per value", "with exact tokens", "perplexity", "mean KL (nats)", "same top")
+
+
+def table(titles: Sequence[str], lines: Iterable[Sequence[str]], note: str = "") -> str:
+    """Return a table in Markdown: titles, lines of cells, and a paragraph below."""
+    text = [f"| {' | '.join(cells)} |" for cells in (titles, *lines)]
+    text.insert(1, "| --- " * len(titles) + "|")
+    return "\n".join([*text, "", note] if note else text)
 
 
 def by_contestant(all_rows: list[dict[str, Any]]) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
@@ -37,6 +39,11 @@ def by_contestant(all_rows: list[dict[str, Any]]) -> dict[str, dict[tuple[str, i
     for row in all_rows:
         found.setdefault(row["contestant"], {})[row["data"], row["seq_len"]] = row
     return found
+
+
+def measured_with(content: dict[str, Any]) -> str:
+    """Return a file's version of torch and its device."""
+    return f"torch {content['versions']['torch']}, {content['device']}"
 
 
 def title(row: dict[str, Any], lengths: set[int]) -> str:

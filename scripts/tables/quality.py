@@ -10,6 +10,7 @@ from tables.cells import (
     by_contestant,
     quality_cells,
     system_and_setting,
+    table,
     title,
 )
 from tables.committed import rows
@@ -25,40 +26,32 @@ def quality() -> str:
     first = columns[0]
     lengths = {row["seq_len"] for row in columns}
     titles = [title(row, lengths) for row in columns]
-    lines = [
-        f"| cache | bits per value | {' | '.join(titles)} | mean KL (nats) | same top token |",
-        "| --- " * (len(titles) + 4) + "|",
-    ]
+    lines = []
     for name, found in contestants.items():
         main = found[first["data"], first["seq_len"]]
         increases = [f"{100 * row['relative_increase']:+.2f} %" for row in found.values()]
-        lines.append(
-            f"| {name} | {main['bits_per_value']:.3f} | {' | '.join(increases)} | "
-            f"{main['mean_kl']:.4f} | {100 * main['top1_agreement']:.1f} % |"
-        )
+        last = f"{main['mean_kl']:.4f}", f"{100 * main['top1_agreement']:.1f} %"
+        lines.append([name, f"{main['bits_per_value']:.3f}", *increases, *last])
     evaluated = ", ".join(
         f"{row['samples']} × {row['seq_len']} tokens of {row['data']}"
         f" (± {100 * max(f[key]['relative_increase_stderr'] for f in contestants.values()):.2f} at most)"
         for key, row in next(iter(contestants.values())).items()
     )
-    lines.append("")
-    lines.append(
+    return table(
+        ["cache", "bits per value", *titles, "mean KL (nats)", "same top token"],
+        lines,
         f"Increase of perplexity over the exact cache. SmolLM2-135M-Instruct, calibrated in equal parts on "
         f"{first['calibration_tokens']:,} tokens of {', '.join(first['calibration'])}; * marks a "
         f"kind of text that calibration had none of. Bits, KL and agreement on the first column's text. "
-        f"{evaluated}; {first['dtype']}, {content['device']}."
+        f"{evaluated}; {first['dtype']}, {content['device']}.",
     )
-    return "\n".join(lines)
 
 
 def variants() -> str:
     _, all_rows = rows("variants-demo")
     columns = list(dict.fromkeys((row["data"], row["seq_len"]) for row in all_rows))
     titles = [TITLES.get(data, data) for data, _ in columns]
-    lines = [
-        f"| preset | variant | setting | bits per value | {' | '.join(titles)} | mean KL (nats) | kept |",
-        "| --- " * (len(titles) + 6) + "|",
-    ]
+    lines = []
     groups: dict[tuple[str, ...], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in all_rows:
         key = (row["family"], row["contestant"], row["remark"])
@@ -72,89 +65,79 @@ def variants() -> str:
         kept = "yes" if one["kept"] else ""
         kl = sum(row["mean_kl"] for row in found.values()) / len(found)
         bits = f"{one['bits_per_value']:.2f}"
-        lines.append(f"| {' | '.join([family, name, remark, bits, *cells, f'{kl:.4f}', kept])} |")
-    return "\n".join(lines)
+        lines.append([family, name, remark, bits, *cells, f"{kl:.4f}", kept])
+    return table(["preset", "variant", "setting", "bits per value", *titles, "mean KL (nats)", "kept"], lines)
 
 
 def grid() -> str:
     content, all_rows = rows("grid-h200")
     needles = {(row["model"], row["method"]): row for row in all_rows if row["task"] == "needle"}
-    lines = [
-        f"| system | setting | model | {QUALITY_TITLES} | numbers found |",
-        "| --- " * 9 + "|",
-    ]
+    lines = []
     measured = [row for row in all_rows if row["task"] == "perplexity" and row["bits_per_value"]]
     order = {model: index for index, model in enumerate(GRID_MODELS)}
     for row in sorted(measured, key=lambda row: (order[row["model"]], row["bits_per_value"])):
         found = needles.get((row["model"], row["method"]))
-        cells = [
-            *system_and_setting(row["method"]),
-            GRID_MODELS[row["model"]],
-            *quality_cells(row),
-            "" if found is None else f"{100 * found['accuracy']:.0f} %",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        accuracy = "" if found is None else f"{100 * found['accuracy']:.0f} %"
+        method = *system_and_setting(row["method"]), GRID_MODELS[row["model"]]
+        lines.append([*method, *quality_cells(row), accuracy])
     first, needle = measured[0], next(iter(needles.values()))
     lengths = ", ".join(map(str, needle["lengths"]))
-    lines += [
-        "",
+    return table(
+        ["system", "setting", "model", *QUALITY_TITLES, "numbers found"],
+        lines,
         f"{first['samples']} × {first['seq_len']} tokens of {first['data']}; fitted to "
         f"{first['calibration']['samples'] * first['calibration']['seq_len']:,} tokens of "
         f"{', '.join(first['calibration']['data'])}. Numbers found: hidden in {lengths} tokens of "
         f"{needle['data']}, {needle['samples']} at each length and each of {len(needle['depths'])} depths. "
         f"{first['dtype']}, {content['device']}.",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def competitors() -> str:
     content, all_rows = rows("competitors-demo")
     lines = [
-        f"| system | setting | {QUALITY_TITLES} |",
-        "| --- " * 7 + "|",
+        [*system_and_setting(row["contestant"]), *quality_cells(row)]
+        for row in sorted(all_rows, key=lambda row: row["bits_per_value"])
     ]
-    for row in sorted(all_rows, key=lambda row: row["bits_per_value"]):
-        cells = [
-            *system_and_setting(row["contestant"]),
-            *quality_cells(row),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     first = all_rows[0]
-    lines += [
-        "",
+    return table(
+        ["system", "setting", *QUALITY_TITLES],
+        lines,
         f"SmolLM2-135M-Instruct, {first['samples']} × {first['seq_len']} tokens of {first['data']}; what is "
         f"fitted is fitted to the same {first['calibration_tokens']:,} tokens of "
         f"{', '.join(first['calibration'])}. Perplexity: increase over the exact cache. {first['dtype']}, "
         f"{content['device']}.",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def pruning() -> str:
     content, all_rows = rows("pruning-demo")
     names = {None: "", "h2o": "H2O", "snapkv": "SnapKV"}
-    lines = [
-        "| context | tokens | bits per value of all tokens | to bf16 | perplexity | mean KL (nats) "
-        "| same top token |",
-        "| --- " * 7 + "|",
-    ]
+    lines = []
     for row in all_rows:
         how = row["pruning"]
         kept = "all" if how["policy"] is None else f"{100 * how['keep']:.0f} % by {names[how['policy']]}"
         lines.append(
-            f"| {kept} | {row['contestant']} | {row['bits_per_original_value']:.3f} | "
-            f"{100 * row['bytes_vs_bf16']:.1f} % | {100 * row['relative_increase']:+.2f} % | "
-            f"{row['mean_kl']:.4f} | {100 * row['top1_agreement']:.1f} % |"
+            [
+                kept,
+                row["contestant"],
+                f"{row['bits_per_original_value']:.3f}",
+                f"{100 * row['bytes_vs_bf16']:.1f} %",
+                f"{100 * row['relative_increase']:+.2f} %",
+                f"{row['mean_kl']:.4f}",
+                f"{100 * row['top1_agreement']:.1f} %",
+            ]
         )
     first = all_rows[0]
     worst = 100 * max(row["relative_increase_stderr"] for row in all_rows)
-    lines += [
-        "",
+    titles = ["context", "tokens", "bits per value of all tokens", "to bf16", "perplexity", "mean KL (nats)"]
+    return table(
+        [*titles, "same top token"],
+        lines,
         f"The first {first['pruning']['context']} tokens of each sequence are the context; bits are all "
         "that is held of it, sinks included, by the values of all its tokens. Increase of perplexity over "
         f"the exact cache (± {worst:.2f} at most) on the tokens behind it: {first['samples']} × "
         f"{first['seq_len']} tokens of {first['data']}. SmolLM2-135M-Instruct, calibrated on "
         f"{first['calibration_tokens']:,} tokens of {', '.join(first['calibration'])}; {first['dtype']}, "
         f"{content['device']}.",
-    ]
-    return "\n".join(lines)
+    )

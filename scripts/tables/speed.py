@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tables.cells import measured_with, table
 from tables.committed import rows
 
 
@@ -67,59 +68,52 @@ def speed() -> str:
 
 def end_to_end() -> str:
     content, all_rows = rows("end-to-end-h200")
-    lines = [
-        "| sequences x tokens | cache | ms a step | mean ms | tokens/s | of the exact cache's | cache, GiB |",
-        "| --- " * 7 + "|",
-    ]
+    lines = []
     exact: dict[str, float] = {}
     for row in all_rows:
         name = row["contestant"].removesuffix(", graph")
         if row.get("out_of_memory"):
-            lines.append(f"| {row['shape']} | {name} | does not fit |  |  |  |  |")
+            lines.append([row["shape"], name, "does not fit", "", "", "", ""])
             continue
         if not row["setting"]:
             exact[row["shape"]] = row["tokens_per_second"]
         ratio = f"{row['tokens_per_second'] / exact[row['shape']]:.2f}" if row["shape"] in exact else ""
-        cells = [
-            row["shape"],
-            f"{name}, {row['setting']}" if row["setting"] else name,
-            f"{row['median_ms']:.1f}",
-            f"{row['mean_ms']:.1f}",
-            f"{row['tokens_per_second']:.0f}",
-            ratio,
-            f"{row['held_bytes'] / 2**30:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Steps in CUDA graphs; torch {content['versions']['torch']}, {content['device']}.",
-    ]
-    return "\n".join(lines)
+        lines.append(
+            [
+                row["shape"],
+                f"{name}, {row['setting']}" if row["setting"] else name,
+                f"{row['median_ms']:.1f}",
+                f"{row['mean_ms']:.1f}",
+                f"{row['tokens_per_second']:.0f}",
+                ratio,
+                f"{row['held_bytes'] / 2**30:.1f}",
+            ]
+        )
+    titles = ["sequences x tokens", "cache", "ms a step", "mean ms", "tokens/s", "of the exact cache's"]
+    return table([*titles, "cache, GiB"], lines, f"Steps in CUDA graphs; {measured_with(content)}.")
 
 
 def memory() -> str:
     content, all_rows = rows("memory-h200")
-    lines = [
-        "| tokens | cache | held, MiB | prefill's peak | steps' peak | to the exact cache's "
-        "| to what is held |",
-        "| --- " * 7 + "|",
-    ]
+    lines = []
     for row in all_rows:
         mebibytes = [
             f"{row[name] / 2**20:,.0f}" for name in ("held_bytes", "prefill_peak_bytes", "peak_bytes")
         ]
         to_exact = row["peak_ratio_to_exact"]
-        ratios = (
-            f"{'' if to_exact is None else f'{to_exact:.3f}'} | {row['peak_bytes'] / row['held_bytes']:.2f}"
-        )
-        lines.append(f"| {row['context']:,} | {row['contestant']} | {' | '.join(mebibytes)} | {ratios} |")
+        ratios = [
+            "" if to_exact is None else f"{to_exact:.3f}",
+            f"{row['peak_bytes'] / row['held_bytes']:.2f}",
+        ]
+        lines.append([f"{row['context']:,}", row["contestant"], *mebibytes, *ratios])
     first = next(row for row in all_rows if row["code_bytes"])
-    lines += [
-        "",
+    titles = ["tokens", "cache", "held, MiB", "prefill's peak", "steps' peak", "to the exact cache's"]
+    return table(
+        [*titles, "to what is held"],
+        lines,
         f"One sequence, fed in passes of {all_rows[-1]['prefill_chunk']} tokens and then "
         f"{first['steps']} singly; {first['bits_per_value']:.2f} bits per value. Peaks: the most that is "
         "allocated beside the weights, scratch and the cache included. 32 layers of "
         "Llama-3.1-8B's shapes, random weights, "
-        f"{first['dtype']}; torch {content['versions']['torch']}, {content['device']}.",
-    ]
-    return "\n".join(lines)
+        f"{first['dtype']}; {measured_with(content)}.",
+    )
