@@ -156,8 +156,8 @@ def not_run() -> str:
     ]
     if missing:
         lines.append(
-            f"**Tasks.** No results yet: {'; '.join(missing)}. Texts of LongBench and GSM8K are measured by "
-            "perplexity and divergence only."
+            f"**Tasks.** No results yet: {'; '.join(missing)}. Texts of GSM8K are measured by perplexity "
+            "and divergence only."
         )
     if not has(lambda row: row.get("phase") == "memory"):
         lines.append(
@@ -263,6 +263,7 @@ def parts() -> Iterable[str]:
         f"{best_at_each_rate()}"
     )
     yield f"## Two models side by side with other methods\n\n{TABLES['grid']()}"
+    yield f"## Summaries of news\n\n{TABLES['multi_news']()}"
     yield f"## Memory by context on a GPU\n\n{TABLES['memory']()}"
     yield f"## With tokens evicted\n\n{TABLES['pruning']()}"
     yield f"## Speed and memory on a CPU\n\n{TABLES['speed']()}"

@@ -10,6 +10,7 @@ TABLES = {
     "end_to_end": speed.end_to_end,
     "memory": speed.memory,
     "grid": quality.grid,
+    "multi_news": quality.multi_news,
     "calibration": calibration.calibration,
     "calibration_cpu": calibration.calibration_cpu,
     "calibration_precision": calibration.calibration_precision,

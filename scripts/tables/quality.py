@@ -71,7 +71,10 @@ def variants() -> str:
 
 def grid() -> str:
     content, all_rows = rows("grid-h200")
-    needles = {(row["model"], row["method"]): row for row in all_rows if row["task"] == "needle"}
+    slow, elsewhere = rows("grid-cpu")
+    needles = {
+        (row["model"], row["method"]): row for row in (*elsewhere, *all_rows) if row["task"] == "needle"
+    }
     lines = []
     measured = [row for row in all_rows if row["task"] == "perplexity" and row["bits_per_value"]]
     order = {model: index for index, model in enumerate(GRID_MODELS)}
@@ -81,6 +84,11 @@ def grid() -> str:
         method = *system_and_setting(row["method"]), GRID_MODELS[row["model"]]
         lines.append([*method, *quality_cells(row), accuracy])
     first, needle = measured[0], next(iter(needles.values()))
+    on_cpu = " and ".join(
+        " at ".join(system_and_setting(row["method"])).replace("*", "")
+        for row in needles.values()
+        if row["device"] == slow["device"]
+    )
     lengths = ", ".join(map(str, needle["lengths"]))
     return table(
         ["system", "setting", "model", *QUALITY_TITLES, "numbers found"],
@@ -89,7 +97,26 @@ def grid() -> str:
         f"{first['calibration']['samples'] * first['calibration']['seq_len']:,} tokens of "
         f"{', '.join(first['calibration']['data'])}. Numbers found: hidden in {lengths} tokens of "
         f"{needle['data']}, {needle['samples']} at each length and each of {len(needle['depths'])} depths. "
-        f"{first['dtype']}, {content['device']}.",
+        f"{first['dtype']}, {content['device']}; numbers of {on_cpu} on SmolLM2: {slow['device']}.",
+    )
+
+
+def multi_news() -> str:
+    content, all_rows = rows("grid-cpu")
+    lines = []
+    measured = [row for row in all_rows if "multi_news" in row.get("tasks", {})]
+    for row in sorted(measured, key=lambda row: row["bits_per_value"]):
+        task = row["tasks"]["multi_news"]
+        difference = f"{task['score_difference']:+.3f} ± {task['score_difference_stderr']:.3f}"
+        scores = f"{task['score']:.3f}", f"{task['baseline_score']:.3f}", difference
+        lines.append([*system_and_setting(row["method"]), f"{row['bits_per_value']:.2f}", *scores])
+    first = measured[0]
+    return table(
+        ["system", "setting", "bits per value", "ROUGE-L", "exact cache's", "difference"],
+        lines,
+        f"SmolLM2-135M-Instruct, LongBench's multi_news through {first['harness']}: {first['samples']} "
+        f"articles, {first['tokens']:,} tokens in all, answers of up to 512 tokens. Differences ± standard "
+        f"error. {first['dtype']}, {content['device']}.",
     )
 
 
