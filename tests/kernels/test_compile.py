@@ -37,7 +37,7 @@ def compile_kernel(kernel, capability, arguments, constants, **options):
 
 
 def scores_arguments(rank, dim, chunks):
-    u8, i32, f16, f32 = POINTERS
+    u8, i32, f16, f32 = torch.uint8, torch.int32, torch.float16, torch.float32
     pointers = {
         "query": f16,
         "pages": u8,
@@ -78,7 +78,7 @@ def scores_arguments(rank, dim, chunks):
 
 
 def next_latents_arguments(rank, width):
-    u8, i32, f16, f32 = POINTERS
+    u8, i32, f16, f32 = torch.uint8, torch.int32, torch.float16, torch.float32
     pointers = {
         "pages": u8,
         "table": i32,
@@ -99,7 +99,7 @@ def next_latents_arguments(rank, width):
 
 
 def sum_arguments(rank, chunks):
-    u8, i32, f16, f32 = POINTERS
+    u8, i32, f16, f32 = torch.uint8, torch.int32, torch.float16, torch.float32
     pointers = {"scores": f32, "maxima": f32, "latents": f16, "lengths": i32, "sums": f32, "normalizers": f32}
     pointers["table"] = i32
     for kind in ("key", "value"):
