@@ -99,12 +99,15 @@ def attend_exact(
     rows, _, dim = query.shape
     expected = {
         "seen": (held.seen, [rows, held.sink_keys.shape[1] + held.tail_keys.shape[1]]),
-        "outliers_seen": (held.outliers_seen, [rows, held.most_outliers] if held.most_outliers else None),
+        "outliers_seen": (
+            held.outliers_seen,
+            [rows, held.most_outliers] if held.outlier_keys is not None else None,
+        ),
         "coded_out": (coded_out, list(query.shape)),
     }
     for name, (tensor, shape) in expected.items():
         found = None if tensor is None else list(tensor.shape)
-        if found != shape and (shape or (found and found[1])):
+        if found != shape:
             raise ShapeError(f"exact tokens: expected {name} {shape}, got {found}")
     chosen = resolve_backend("triton" if backend == "hopper" else backend, query)
     if chosen == "torch" or query.dtype == torch.float64 or dim & (dim - 1):

@@ -72,6 +72,8 @@ def partial_attention_kernel(
     # From one token's vector to the next one's.
     step: tl.constexpr = KV_HEADS * DIM
     at = tl.where(is_sink, row * sinks + token, row * columns + token - sinks).to(tl.int64)
+    key_base = tl.where(is_sink, sink_keys, tail_keys)
+    value_base = tl.where(is_sink, sink_values, tail_values)
     if OUTLIERS:
         number = token - count
         is_outlier = number >= 0
@@ -82,11 +84,8 @@ def partial_attention_kernel(
             at = tl.where(is_outlier, which, at)
         else:
             at = tl.where(is_outlier, number.to(tl.int64), at)
-        key_base = tl.where(is_outlier, outlier_keys, tl.where(is_sink, sink_keys, tail_keys))
-        value_base = tl.where(is_outlier, outlier_values, tl.where(is_sink, sink_values, tail_values))
-    else:
-        key_base = tl.where(is_sink, sink_keys, tail_keys)
-        value_base = tl.where(is_sink, sink_values, tail_values)
+        key_base = tl.where(is_outlier, outlier_keys, key_base)
+        value_base = tl.where(is_outlier, outlier_values, value_base)
     place = (at * step + head * DIM)[:, None] + coordinate[None, :]
     # Whatever an unseen token holds is not loaded.
     key = tl.load(key_base[:, None] + place, mask=visible[:, None], other=0.0)
