@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from aquakv import CacheStateError, WindowConfig, evaluate_quality
-from aquakv.baselines import BASELINES, baseline
+from aquakv.baselines import BASELINES, RowsCache, baseline
 from aquakv.baselines.encoded import Encoded
 from aquakv.errors import ConfigError, UnsupportedModelError
 from tiny_models import build, feed, random_tokens, shared
@@ -202,6 +202,72 @@ def test_rows_are_coded_as_if_alone_and_can_be_chosen(name):
     assert cache.footprint().coded_values == twin.footprint().coded_values
     one, other = (feed(shared("llama"), each, tokens[order, 50:], [1]) for each in (cache, twin))
     assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", OURS)
+def test_padded_rows_are_what_they_are_alone(name, kind):
+    # In float32 rounding would turn a code now and then.
+    model, one = shared(kind, torch.float64), method(name, kind=kind)
+    lengths, tokens = [44, 17, 31], random_tokens(3, 50)
+    mask = torch.ones(3, 50, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, : 44 - length] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, logits, start = RowsCache(model, one), [], 0
+    for size in (20, 24, 1, 1, 4):  # the shortest row begins in the second pass
+        own = slice(start, start + size)
+        start += size
+        with torch.no_grad():
+            logits.append(
+                model(
+                    tokens[:, own],
+                    attention_mask=mask[:, :start],
+                    position_ids=positions[:, own],
+                    past_key_values=cache,
+                ).logits
+            )
+    together, alone = torch.cat(logits, 1), []
+    for row, length in enumerate(lengths):
+        pad = 44 - length
+        sizes = [20 - pad, 24, 1, 1, 4] if pad < 20 else [44 - pad, 1, 1, 4]
+        own, found = fed(name, tokens[row : row + 1, pad:], sizes, kind, torch.float64)
+        assert torch.allclose(together[row : row + 1, pad:], own, atol=1e-6)
+        alone.append(found.footprint())
+    footprint = cache.footprint()
+    assert footprint.coded_values == sum(each.coded_values for each in alone) > 0
+    assert footprint.total_bytes == sum(each.total_bytes for each in alone)
+
+
+def test_what_rows_refuse():
+    model, tokens = shared("llama"), random_tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, 5:9] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = RowsCache(model, method("rtn"))
+    with pytest.raises(CacheStateError, match="on the left only"), torch.no_grad():
+        model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    mask[0, :5] = 0
+    with pytest.raises(CacheStateError, match="successive positions"), torch.no_grad():
+        model(tokens, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(CacheStateError, match="outside a forward pass"):
+        cache.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8), 0)
+    for refused in (lambda: cache.crop(-1), lambda: cache.reorder_cache(torch.tensor([1, 0]))):
+        with pytest.raises(CacheStateError, match="run rows one by one"):
+            refused()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_kept_decoded_is_what_the_codes_say(name):
+    tokens = random_tokens(2, 60)
+    _, cache = fed(name, tokens[:, :59], [20, 1, 1, 20, 17])
+    again = copy.deepcopy(cache)
+    for layer in again.layers:
+        for side in layer.sides:
+            side.seen = None
+    getattr(again, "_decoded", {}).clear()
+    one, other = (feed(shared("llama"), each, tokens[:, 59:], [1]) for each in (cache, again))
+    assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

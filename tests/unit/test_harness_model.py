@@ -112,8 +112,7 @@ def test_likelihoods_do_not_depend_on_what_else_is_asked(tiny, tokenizer):
 def test_answers_are_those_of_generate_with_that_cache(tiny, tokenizer, name, chunk):
     method, lengths = method_and_lengths(name)
     rows, held = prompts(*lengths), Quality()
-    batch = 1 if ":" in name else 3
-    ours = CachedLM(tiny, tokenizer, method, HarnessSetting(batch_size=batch, prefill_chunk=chunk))
+    ours = CachedLM(tiny, tokenizer, method, HarnessSetting(batch_size=3, prefill_chunk=chunk))
     found, expected = answers(ours, rows), []
     for row in rows:
         cache = fresh_cache(tiny, method)
@@ -128,7 +127,7 @@ def test_answers_are_those_of_generate_with_that_cache(tiny, tokenizer, name, ch
         expected.append(tokenizer.decode(out[0, len(row) :], skip_special_tokens=True))
         held.count(cache.footprint())
     assert found == expected
-    if batch == 1:
+    if ":" in name:  # competitors' rows have caches of their own; ours holds their padding too
         assert ours.usage.bits_per_value == held.bits_per_value
     assert ours.usage.bits_per_value == pytest.approx(held.bits_per_value, rel=0.1)
 

@@ -13,5 +13,6 @@ All have the face of a transformers cache, hold what they compress as packed byt
 from aquakv.baselines.base import Baseline
 from aquakv.baselines.cache import BaselineCache
 from aquakv.baselines.registry import BASELINES, baseline
+from aquakv.baselines.rows import RowsCache
 
-__all__ = ["BASELINES", "Baseline", "BaselineCache", "baseline"]
+__all__ = ["BASELINES", "Baseline", "BaselineCache", "RowsCache", "baseline"]

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class BaselineCache(Cache):
     """A competitor's cache for ``model(past_key_values=…)`` and ``model.generate``.
 
-    What is compressed is held as packed codes, and what attention sees of it is decoded from them, all of it
-    in every pass: meant to measure quality and size, not speed. Layers with sliding windows stay exact.
+    What is compressed is held as packed codes, and what attention sees of it is decoded from them. It is kept
+    beside them, so that nothing is decoded twice: meant to measure quality and size (of the codes), not speed
+    or memory. Layers with sliding windows stay exact.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ class BaselineCache(Cache):
         if not torch.equal(position_ids, expected.expand_as(position_ids)):
             raise CacheStateError(
                 f"competitors' caches take tokens at successive positions; expected position ids from {held} "
-                "on; leave position_ids to the model"
+                "on; leave position_ids to the model, or count them from each row's first token"
             )
         frequencies = self._adapter.frequencies(position_ids)
         if held and frequencies != self._frequencies:

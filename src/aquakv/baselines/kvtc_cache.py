@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -29,7 +31,7 @@ class KvtcLayer(BaselineLayer):
     def decoded(self, side: int) -> Tensor | None:
         """Return the compressed tokens, ``[rows, num_kv_heads, tokens, head_dim]`` float32; None if none."""
         states = self.stored(side)
-        return None if states is None else self.as_attended(side, states)
+        return None if states is None else self.as_attended(self.sides[side], states)
 
 
 class KvtcCache(BaselineCache):
@@ -51,7 +53,8 @@ class KvtcCache(BaselineCache):
     def __init__(self, model: PreTrainedModel, method: Kvtc) -> None:
         self._transforms = method.transforms
         self._blocks: tuple[list[list[CodedBlock]], list[list[CodedBlock]]] = ([], [])
-        self._all_layers: dict[int, Tensor] = {}
+        # What blocks were decoded to, with the blocks themselves, by side.
+        self._decoded: dict[int, tuple[list[list[CodedBlock]], Tensor]] = {}
         super().__init__(model, method)
         self._features = self._adapter.features
         expected = self._features * len(self._adapter.compressed_layers)
@@ -71,12 +74,22 @@ class KvtcCache(BaselineCache):
         """Return a layer's compressed tokens, ``[tokens, rows, num_kv_heads, head_dim]`` float32."""
         if not self._blocks[side]:
             return None
-        if side not in self._all_layers:
-            transform = self._on_device(side, self._blocks[side][0][0].scales.device)
-            blocks = [torch.stack([transform.decode(one) for one in rows], 1) for rows in self._blocks[side]]
-            self._all_layers[side] = torch.cat(blocks)
-        part = self._all_layers[side][..., order * self._features : (order + 1) * self._features]
+        part = self._all_layers(side)[..., order * self._features : (order + 1) * self._features]
         return part.unflatten(-1, (self._adapter.num_kv_heads, self._adapter.head_dim))
+
+    def _all_layers(self, side: int) -> Tensor:
+        """Return all compressed tokens, ``[tokens, rows, features]``; blocks are decoded once."""
+        blocks = self._blocks[side]
+        known, states = self._decoded.get(side, ([], None))
+        if not all(map(operator.is_, itertools.chain(*known), itertools.chain(*blocks))):
+            known, states = [], None
+        transform = self._on_device(side, blocks[0][0].scales.device)
+        new = [torch.stack([transform.decode(one) for one in rows], 1) for rows in blocks[len(known) :]]
+        if new:
+            states = torch.cat(new if states is None else [states, *new])
+            self._decoded[side] = list(blocks), states
+        assert states is not None  # there are blocks
+        return states
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -103,20 +116,10 @@ class KvtcCache(BaselineCache):
                 vectors = torch.cat(taken, 2)  # [tokens, rows, features of all layers]
                 self._blocks[side].append([transform.encode(row) for row in vectors.unbind(1)])
 
-    def forward_begins(self, attention_mask: Any) -> None:
-        """Check the mask of a forward pass (called by the model's hooks)."""
-        self._all_layers.clear()
-        super().forward_begins(attention_mask)
-
-    def forward_ends(self) -> None:
-        """Learn that a forward pass is over (called by the model's hooks)."""
-        self._all_layers.clear()
-        super().forward_ends()
-
     def reset(self) -> None:
         """Drop everything."""
         self._blocks = ([], [])
-        self._all_layers.clear()
+        self._decoded.clear()
         super().reset()
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
@@ -125,6 +128,7 @@ class KvtcCache(BaselineCache):
             rows = torch.arange(self.compressed[0].batch_size)[torch.as_tensor(indices).cpu()].tolist()
             for blocks in self._blocks:
                 blocks[:] = [[block[row] for row in rows] for block in blocks]
+            self._decoded.clear()
         super().batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

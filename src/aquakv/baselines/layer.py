@@ -17,6 +17,24 @@ from aquakv.config import WindowConfig
 from aquakv.errors import CacheStateError
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Codes and what they were decoded to, so that every code is decoded once and not in every pass.
+
+    Not part of what a method holds: it only spares an evaluation time.
+
+    Attributes
+    ----------
+    encoded
+        The codes; what was decoded is theirs only.
+    states
+        ``[rows, num_kv_heads, tokens, head_dim]`` in the model's dtype, as attention takes them.
+    """
+
+    encoded: Encoded
+    states: Tensor
+
+
 @dataclass
 class Side:
     """Keys, or values, of one layer: ``sinks``, then what is compressed, then ``tail``.
@@ -29,6 +47,8 @@ class Side:
         Compressed tokens.
     encoded
         Their codes, where this layer holds them itself.
+    seen
+        What `encoded` was decoded to, as attention takes it, and the codes that this was; see `Seen`.
     sinks, tail
         ``[rows, num_kv_heads, tokens, head_dim]`` in the model's dtype, as the model gave them.
     """
@@ -36,6 +56,7 @@ class Side:
     window: WindowConfig
     coded: int = 0
     encoded: Encoded | None = None
+    seen: Seen | None = None
     sinks: Tensor | None = None
     tail: Tensor | None = None
 
@@ -169,8 +190,12 @@ class BaselineLayer(CacheLayerMixin):
         for side, coder in zip(self.sides, self.coders, strict=True):
             count = side.due()
             if count:
+                held = side.encoded
                 run = coder.encode(self.taken(side, count))
-                side.encoded = run if side.encoded is None else join([side.encoded, run])
+                side.encoded = run if held is None else join([held, run])
+                if side.seen is not None and side.seen.encoded is held:
+                    new = self._as_seen(side, coder.decode(run))
+                    side.seen = Seen(side.encoded, torch.cat([side.seen.states, new], 2))
 
     def taken(self, side: Side, count: int) -> Tensor:
         """Take tokens from a side's tail as its coder wants them: keys before rotary embedding."""
@@ -179,17 +204,22 @@ class BaselineLayer(CacheLayerMixin):
         return self.unturn(states, first) if side is self.sides[0] else states
 
     def decoded(self, side: int) -> Tensor | None:
-        """Return the compressed tokens, ``[rows, num_kv_heads, tokens, head_dim]`` float32; None if none."""
+        """Return the compressed tokens, ``[rows, num_kv_heads, tokens, head_dim]``; None if none."""
         held = self.sides[side]
         if self.coders is None or held.encoded is None:
             return None
-        return self.as_attended(side, self.coders[side].decode(held.encoded))
+        if held.seen is None or held.seen.encoded is not held.encoded:
+            held.seen = Seen(held.encoded, self._as_seen(held, self.coders[side].decode(held.encoded)))
+        return held.seen.states
 
-    def as_attended(self, side: int, states: Tensor) -> Tensor:
-        """Return decoded ``[tokens, rows, num_kv_heads, head_dim]`` as attention takes them."""
-        if side == 0:
-            states = self.turn(states, self.sides[0].window.sink_tokens)
+    def as_attended(self, side: Side, states: Tensor) -> Tensor:
+        """Return the newest compressed tokens, ``[tokens, rows, num_kv_heads, head_dim]``, for attention."""
+        if side is self.sides[0]:
+            states = self.turn(states, side.window.sink_tokens + side.coded - len(states))
         return states.permute(1, 2, 0, 3)
+
+    def _as_seen(self, side: Side, states: Tensor) -> Tensor:
+        return self.as_attended(side, states).to(self.dtype)
 
     def get_seq_length(self) -> int:
         """Return the tokens held."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from aquakv.baselines import BASELINES, Baseline, baseline
+from aquakv.baselines import BASELINES, Baseline, RowsCache, baseline
 from aquakv.cache import AquaCache, Footprint
 from aquakv.calibration import calibrate_many
 from aquakv.codec import ModelCodec
@@ -24,8 +24,17 @@ Method = ModelCodec | Baseline | None
 EXACT = "exact"
 
 
-def fresh_cache(model: PreTrainedModel, method: Method) -> Cache:
+def fresh_cache(model: PreTrainedModel, method: Method, padded: bool = False) -> Cache:
     """Return an empty cache for a model.
+
+    Parameters
+    ----------
+    model
+        The model.
+    method
+        None for the exact cache.
+    padded
+        Whether rows may be padded on the left.
 
     Raises
     ------
@@ -37,7 +46,7 @@ def fresh_cache(model: PreTrainedModel, method: Method) -> Cache:
     if method is None:
         return DynamicCache(config=model.config)
     if isinstance(method, Baseline):
-        return method.cache(model)
+        return RowsCache(model, method) if padded else method.cache(model)
     return AquaCache(model, method)
 
 
@@ -45,6 +54,8 @@ def held_by(method: Method, cache: Cache) -> Footprint | None:
     """Return what a cache of `fresh_cache` holds, by part; None for the exact cache."""
     if method is None:
         return None
+    if isinstance(cache, RowsCache):
+        return cache.footprint()
     if isinstance(method, Baseline):
         return method.footprint(cache)
     assert isinstance(cache, AquaCache)  # made by `fresh_cache`

@@ -125,7 +125,7 @@ class CachedLM(_HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> Tensor:
-        cache = fresh_cache(self.model, self.method)
+        cache = fresh_cache(self.model, self.method, padded=len(context) > 1)
         if self.setting.prefill_chunk is not None:
             generation_kwargs["prefill_chunk_size"] = self.setting.prefill_chunk
         tokens = super()._model_generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,7 @@ def run_tasks(
     tasks
         See `longbench_tasks` and its like.
     setting
-        How they are run. With a competitor among the methods everything is run in batches of one, as their
-        caches take no padding.
+        How they are run.
     progress
         Called as requests get done.
 
@@ -100,7 +99,7 @@ def run_tasks(
     CodecMismatchError
         A codec belongs to another model.
     """
-    setting = checked_setting(loaded, methods, setting)
+    require_possible(loaded, methods, setting)
     # The harness gives a tokenizer without a padding token one.
     tokenizer = copy.deepcopy(loaded.tokenizer)
     build = lm_eval_module("aquakv.evaluation.harness.model").CachedLM
@@ -116,10 +115,8 @@ def run_tasks(
     return {name: _fields(outcomes.get(name, exact), exact, setting) for name in methods}
 
 
-def checked_setting(
-    loaded: LoadedModel, methods: Mapping[str, Method], setting: HarnessSetting
-) -> HarnessSetting:
-    """Return the setting as it applies; raises `ConfigError` for what cannot be."""
+def require_possible(loaded: LoadedModel, methods: Mapping[str, Method], setting: HarnessSetting) -> None:
+    """Raise `ConfigError` for a setting that cannot be."""
     for name in ("limit", "max_length", "prefill_chunk", "batch_size"):
         value = getattr(setting, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -132,11 +129,9 @@ def checked_setting(
         )
     if setting.chat and getattr(loaded.tokenizer, "chat_template", None) is None:
         raise ConfigError(f"{loaded.name} has no chat template; leave out --chat")
-    competitors = [method for method in methods.values() if isinstance(method, Baseline)]
-    if setting.protocol == "single-pass":
-        for method in competitors:
+    for method in methods.values():
+        if setting.protocol == "single-pass" and isinstance(method, Baseline):
             method.require_single_pass()
-    return replace(setting, batch_size=1 if competitors else setting.batch_size)
 
 
 def _evaluate(model: CachedLM, tasks: NamedTasks, setting: HarnessSetting) -> Outcome:

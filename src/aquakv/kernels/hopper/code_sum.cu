@@ -231,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     for (int i = 0; i < QUERIES / 2; i++)
 #pragma unroll
         for (int t = 0; t < TILES; t++) sum[t][i] = 0;
-    u32 codes[4][4], raw[2][4];
+    u32 codes[4][4], raws[2][2][4];  // raw words of two tiles: of the one that is unpacked, and of the next one
     const bool adds_latents = RANK > 0 && sums_latents && team == TEAMS - 1;
     u32 own[TILES];  // where fields are and, in the highest byte, their masks
 #pragma unroll
@@ -241,15 +241,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
     }
     u32 pages_at = base + Shared::pages + lane * 16;  // of the page's stage
     auto load_codes = [&](int t, bool load) {
-        load_transposed_if(load, pages_at + (own[t] & 0xFFFFFF), raw);
+        load_transposed_if(load, pages_at + (own[t] & 0xFFFFFF), raws[t % 2]);
     };
     auto leave = [&](int from) {
         __syncwarp();
         if (lane == 0) barrier_arrive(base + Shared::done + 8 * from);
     };
     int stage = 0, parity = 0, latest = 0, buffer = 0, made = 0;  // `made`: parity of the buffer's weights
+    auto follow = [&](int page) {  // the first words of the next page
+        pages_at += stage_bytes;
+        if (++stage == STAGES) stage = 0, parity ^= 1, pages_at = base + Shared::pages + lane * 16;
+        if (page + 1 < end) barrier_wait(base + Shared::loaded + 8 * stage, parity);
+        load_codes(0, page + 1 < end);
+    };
 #pragma unroll
-    for (int i = 0; i < 4; i++) raw[0][i] = raw[1][i] = 0;
+    for (int i = 0; i < 4; i++) raws[0][0][i] = raws[0][1][i] = raws[1][0][i] = raws[1][1][i] = 0;
     if (begin < end) barrier_wait(base + Shared::loaded, 0);
     load_codes(0, begin < end);
 #pragma unroll 1
@@ -261,6 +267,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
         for (int t = 0; t < TILES; t++) {
             // No branch may part products that are under way: what a team lacks of the last tiles it multiplies as zeros.
             const bool of_latents = t == TILES - 1 && adds_latents;
+            u32 (&raw)[2][4] = raws[t % 2];
+            if (t + 1 < TILES) load_codes(t + 1, true);
+            else if (TILES % 2 == 0) follow(page);
             u32 mask;
             asm("prmt.b32 %0, %1, 0, 0x4343;" : "=r"(mask) : "r"(own[t]));
             u32 centre = 0, gain = 0;
@@ -304,13 +313,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) code_sum_kernel(
                 for (int k = 2 * half; k < 2 * half + 2; k++)
                     wgmma_queries(sum[t], codes[k], descriptor((of_latents ? plain : scaled) + 2 * k), true);
                 wgmma_commit();
-                if (half == 1 && t + 1 < TILES) load_codes(t + 1, ((own[t + 1] ^ own[t]) & 0xFFFFFF) != 0);
             }
         }
-        pages_at += stage_bytes;
-        if (++stage == STAGES) stage = 0, parity ^= 1, pages_at = base + Shared::pages + lane * 16;
-        if (page + 1 < end) barrier_wait(base + Shared::loaded + 8 * stage, parity);
-        load_codes(0, page + 1 < end);
+        if (TILES % 2) follow(page);
         if (++buffer == BUFFERS) buffer = 0, made ^= 1;
         latest = latest == BUFFERS ? 0 : latest + 1;
     }
