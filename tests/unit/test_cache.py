@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from aquakv import AquaCache, WindowConfig, evaluate_quality
+from aquakv.cache.reconstruct import Reconstructor
 from aquakv.codec import Reconstruction
 from aquakv.codec.guard import choose_outliers
 from aquakv.config import PRESETS
-from aquakv.errors import CacheStateError, CodecMismatchError, DataError, UnsupportedModelError
+from aquakv.errors import CacheStateError, CodecMismatchError, ConfigError, DataError, UnsupportedModelError
 from aquakv.evaluation.single_pass import SinglePassCache, single_pass, spans
 from aquakv.models.adapter import adapt
 from aquakv.models.rotary import unrotate
@@ -160,13 +161,17 @@ def test_batch_with_left_padding_is_every_row_alone(name, bits):
     out = model.generate(
         tokens, attention_mask=mask, past_key_values=together, max_new_tokens=34, do_sample=False
     )
+    values = [0, 0]
     for i, row in enumerate(rows):
         alone = AquaCache(model, codec)
         expected = model.generate(row[None], past_key_values=alone, max_new_tokens=34, do_sample=False)
+        held = alone.footprint()
+        values = [values[0] + held.coded_values, values[1] + held.total_values]
         assert out[i, tokens.shape[1] :].tolist() == expected[0, len(row) :].tolist()
         assert together.layout.coded[i] == alone.layout.coded[0] == (len(row) + 33 - 2) // 8 * 8
         # float64 models differ by 1e-15 between batch shapes; the encoder's float32 does not see that.
         assert same_bits(row_codes(together, i), row_codes(alone, 0))
+    assert values == [together.footprint().coded_values, together.footprint().total_values]
 
 
 @pytest.mark.parametrize("sizes", [[1] * 45, [20, 25], [45], [3, 17, 1, 1, 23]])
@@ -732,7 +737,7 @@ def test_another_batch_size_is_refused(model, codec):
 def test_any_history_of_a_cache_is_a_fresh_run(data, name, kind):
     """Appends, choices of rows and crops, in any order: as if it had been fed what is left of them."""
     model, codec = shared(kind, F64), variant(name, kind)
-    cache = AquaCache(model, codec)
+    cache = AquaCache(model, codec, keep_decoded=data.draw(st.booleans(), label="keep decoded"))
     pads = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=3), label="padding")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), label="seed"))
     tokens, sizes = torch.empty(len(pads), 0, dtype=torch.long), []
@@ -778,6 +783,47 @@ def test_any_history_of_a_cache_is_a_fresh_run(data, name, kind):
     assert (cache.layout.starts, cache.layout.coded) == (fresh.layout.starts, fresh.layout.coded)
     for row in range(len(pads)):
         assert same_bits(row_codes(cache, row), row_codes(fresh, row))
+
+
+def _decoded_tokens(monkeypatch):
+    """Return a list to which every reconstruction of a layer adds its tokens."""
+    counts, plain = [], Reconstructor.reconstruct
+
+    def spy(self, index, encoded, block_tokens, history, like):
+        hat = plain(self, index, encoded, block_tokens, history, like)
+        counts.append(len(hat.keys))
+        return hat
+
+    monkeypatch.setattr(Reconstructor, "reconstruct", spy)
+    return counts
+
+
+def test_what_is_kept_decoded_is_decoded_once(model64, each, monkeypatch):
+    counts = _decoded_tokens(monkeypatch)
+    tokens, sizes = random_tokens(2, 60), [30, *[1] * 20, 10]
+    caches = [AquaCache(model64, each, attention="general", keep_decoded=keep) for keep in (False, True)]
+    logits, decoded = [], []
+    for cache in caches:
+        counts.clear()
+        logits.append(feed(model64, cache, tokens, sizes))
+        decoded.append(sum(counts))
+    torch.testing.assert_close(*logits, atol=1e-9, rtol=0)
+    assert same_bits(row_codes(caches[0], 1), row_codes(caches[1], 1))
+    plain, kept = (cache.footprint() for cache in caches)
+    layers, seen = len(each.layers), caches[1].layers[0].pages.decoded
+    assert decoded[1] == layers * len(seen.keys) < decoded[0]
+    assert kept.decoded_bytes == layers * 2 * seen.keys.nbytes > plain.decoded_bytes == 0
+    assert kept.total_bytes - kept.decoded_bytes == plain.total_bytes
+    assert kept.bits_per_value_total == plain.bits_per_value_total
+    caches[1].forget_decoded()
+    assert caches[1].footprint() == plain
+    one, other = (feed(model64, cache, tokens[:, :1], [1]) for cache in caches)
+    torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
+def test_nothing_is_kept_decoded_where_nothing_is_decoded(model, codec):
+    with pytest.raises(ConfigError, match="use attention general or auto"):
+        AquaCache(model, codec, attention="fused", keep_decoded=True)
 
 
 # --- the guard: compressed tokens that stay exact -----------------------------------------------------------

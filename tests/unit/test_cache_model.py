@@ -69,8 +69,10 @@ class Rig:
 
     def __init__(self, name, window, rows, attention):
         self.model, self.window, self.attention = shared(), window, attention
+        kept = attention == "kept decoded"
+        self.settings = {"attention": "general" if kept else attention, "keep_decoded": kept}
         self.adapter = adapt(self.model)
-        self.cache = AquaCache(self.model, variant(name), window=window, attention=attention)
+        self.cache = AquaCache(self.model, variant(name), window=window, **self.settings)
         self.codec = self.cache.codec
         self.rows = [Row([], [], []) for _ in range(rows)]
         self.real = torch.zeros(rows, 0, dtype=torch.long)
@@ -161,7 +163,7 @@ class Rig:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "cache"
             self.cache.save(path)
-            self.cache = AquaCache.load(path, self.model, self.codec, attention=self.attention)
+            self.cache = AquaCache.load(path, self.model, self.codec, **self.settings)
 
     # --- what is compared ---------------------------------------------------------------------------------
 
@@ -286,12 +288,15 @@ def _run(name, attention, rows, pads, window, operations):
 
 
 _CASES = [
-    ("paper", "general", 150),
+    ("paper", "general", 110),
+    ("paper", "kept decoded", 40),
     ("higgs", "general", 60),
-    ("storage", "general", 60),
+    ("storage", "general", 40),
+    ("storage", "kept decoded", 20),
     ("decode", "general", 60),
     ("decode", "fused", 60),
-    ("guarded", "general", 80),
+    ("guarded", "general", 60),
+    ("guarded", "kept decoded", 20),
     ("guarded", "fused", 60),
     ("two-stage", "fused", 60),
 ]

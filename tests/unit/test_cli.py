@@ -423,6 +423,9 @@ def test_generate(place, capsys, monkeypatch):
     assert _run(capsys, *arguments, "--prompt", "-")[:2] == (0, out)
     sampled = [_run(capsys, *arguments, "--prompt", prompt, "--sample", "--seed", s)[1] for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+    _, kept, err = _run(capsys, *arguments, "--prompt", prompt, "--keep-decoded")
+    assert kept == out
+    assert "kept decoded" in " ".join(err.split())
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------

@@ -76,6 +76,10 @@ class AquaCache(RepeatingCache):
         the step before compressed some), with a warning. Steps that a graph repeats do not look at it.
     eviction
         What evicts tokens after forward passes, see `aquakv.eviction`; None evicts nothing by itself.
+    keep_decoded
+        Keep what codes were reconstructed to beside them, instead of reconstructing it in every pass: memory
+        of an exact cache more, and steps nearly as fast as with one. For codes that cannot be attended to
+        (``storage``) while a cache that was put aside is in use. `forget_decoded` frees that memory.
 
     Raises
     ------
@@ -102,6 +106,7 @@ class AquaCache(RepeatingCache):
         attention: AttentionChoice = "auto",
         backend: Backend = "auto",
         eviction: EvictionPolicy | None = None,
+        keep_decoded: bool = False,
     ) -> None:
         name = "codec" if isinstance(codec, ModelCodec) else str(codec)
         self.codec = codec if isinstance(codec, ModelCodec) else ModelCodec.load(codec)
@@ -112,7 +117,10 @@ class AquaCache(RepeatingCache):
         if backend not in get_args(Backend):
             raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
         self._backend: Backend = backend
-        self._fused = self._may_fuse(attention)
+        if keep_decoded and attention == "fused":
+            raise ConfigError("keep_decoded: fused attention decodes nothing; use attention general or auto")
+        self._keep_decoded = keep_decoded
+        self._fused = not keep_decoded and self._may_fuse(attention)
         if self._fused:
             ModelHooks.accept_views(self._adapter)
         self._order = {layer: index for index, layer in enumerate(self._adapter.compressed_layers)}
@@ -336,7 +344,7 @@ class AquaCache(RepeatingCache):
         shared = (self._adapter, self.layout, self.codec.config.guard, before)
         exact = self._compressed[0].exact
         if not fused or exact is None:
-            step = CacheStep(*shared, Reconstructor(self.codec, self._backend))
+            step = CacheStep(*shared, Reconstructor(self.codec, self._backend), self._keep_decoded)
         elif kernels and self._state.sees_all(self.layout, self._mask):
             step = self._paged_step(before, exact.tail_columns, self._mask)
         else:
@@ -355,6 +363,12 @@ class AquaCache(RepeatingCache):
         self._pruner = None if self._pruner is None else Pruner(self._pruner.policy)
         self._build()
         self._broken = False
+
+    def forget_decoded(self) -> None:
+        """Free what was kept decoded; the next pass decodes all codes anew."""
+        self._require_intact()
+        for layer in self._compressed:
+            layer.pages.decoded = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: ``-n`` removes ``n``; a positive number is a length to keep.
@@ -454,6 +468,7 @@ class AquaCache(RepeatingCache):
         attention: AttentionChoice = "auto",
         backend: Backend = "auto",
         eviction: EvictionPolicy | None = None,
+        keep_decoded: bool = False,
     ) -> AquaCache:
         """Return a cache that goes on where a saved one was, on the devices of the model's layers.
 
@@ -466,7 +481,7 @@ class AquaCache(RepeatingCache):
         codec
             The codec that the cache was saved with, or the path of its file; None takes it from the cache
             file, if that has it.
-        attention, backend, eviction
+        attention, backend, eviction, keep_decoded
             As for a new cache. What a policy had seen is not in the file.
 
         Raises
@@ -479,7 +494,13 @@ class AquaCache(RepeatingCache):
         """
         saved = SavedCache.read(Path(path), codec)
         cache = cls(
-            model, saved.codec, window=saved.window, attention=attention, backend=backend, eviction=eviction
+            model,
+            saved.codec,
+            window=saved.window,
+            attention=attention,
+            backend=backend,
+            eviction=eviction,
+            keep_decoded=keep_decoded,
         )
         saved.restore(cache._adapter, cache.layout, cache.layers)
         if cache.layout.positions is not None and cache.layout.columns:
@@ -488,7 +509,7 @@ class AquaCache(RepeatingCache):
 
     def footprint(self) -> Footprint:
         """Return the bytes that the cache holds, by part, from its tensors' storages."""
-        words = scales = outliers = spare = sinks = tail = other = itemsize = 0
+        words = scales = outliers = spare = sinks = tail = other = decoded = itemsize = 0
         for layer in self.layers:
             if not isinstance(layer, AquaLayer):
                 other += storage_bytes(layer.keys, layer.values)
@@ -496,6 +517,7 @@ class AquaCache(RepeatingCache):
             codes, layer_scales, layer_outliers, room = layer.pages.footprint()
             words, scales, outliers = words + codes, scales + layer_scales, outliers + layer_outliers
             spare += room
+            decoded += layer.pages.decoded_bytes()
             if layer.exact is not None:
                 layer_sinks, layer_tail = layer.exact.footprint()
                 sinks, tail = sinks + layer_sinks, tail + layer_tail
@@ -518,13 +540,19 @@ class AquaCache(RepeatingCache):
             total_values=layout.held_tokens() * per_token,
             original_values=original_values,
             exact_cache_bytes=original_values * itemsize,
+            decoded_bytes=decoded,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:
         """Copy the tokens; the model and the codec are shared."""
         self._require_intact()
         other = AquaCache(
-            self._adapter.model, self.codec, window=self.window, attention=self._choice, backend=self._backend
+            self._adapter.model,
+            self.codec,
+            window=self.window,
+            attention=self._choice,
+            backend=self._backend,
+            keep_decoded=self._keep_decoded,
         )
         other._pruner = copy.deepcopy(self._pruner, memo)
         other._frequencies = self._frequencies

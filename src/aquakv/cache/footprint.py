@@ -28,12 +28,14 @@ class Footprint:
         Tokens kept in the model's dtype: sinks, and the newest ones, with the room that a layer has for more.
     other_layer_bytes
         Layers that are not compressed (sliding windows).
+    decoded_bytes
+        What codes were decoded to, where a cache keeps that.
     coded_values
         Key and value entries that the compressed region stands for.
     total_values
-        Key and value entries of all tokens held at the compressed layers.
+        Key and value entries of all tokens held at the compressed layers, without padding.
     original_values
-        The same with those of evicted tokens.
+        The same with those of evicted tokens and padding.
     exact_cache_bytes
         What an exact cache, from which nothing is evicted, holds at the compressed layers.
     """
@@ -50,6 +52,7 @@ class Footprint:
     total_values: int
     original_values: int
     exact_cache_bytes: int
+    decoded_bytes: int = 0
 
     @property
     def coded_bytes(self) -> int:
@@ -59,11 +62,11 @@ class Footprint:
     @property
     def total_bytes(self) -> int:
         """Bytes of everything that the cache holds."""
-        return self.held_bytes + self.other_layer_bytes
+        return self.held_bytes + self.other_layer_bytes + self.decoded_bytes
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that the compressed layers hold."""
+        """Bytes that the compressed layers hold, without what they keep decoded."""
         return self.coded_bytes + self.spare_bytes + self.sink_bytes + self.tail_bytes
 
     @property
@@ -97,9 +100,10 @@ class Footprint:
         if self.bits_per_value is not None:
             bits = f"{self.bits_per_value:.3f} bits per value"
         exact_tokens = self.sink_bytes + self.tail_bytes
+        decoded = f", kept decoded {self.decoded_bytes / 2**20:.2f}" if self.decoded_bytes else ""
         return (
             f"{self.total_bytes / 2**20:.2f} MiB (codes {self.code_bytes / 2**20:.2f}, scales "
             f"{self.scale_bytes / 2**20:.2f}, outliers {self.outlier_bytes / 2**20:.2f}, room for more "
-            f"{self.spare_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}; "
+            f"{self.spare_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}{decoded}; "
             f"{bits}); an exact cache holds {self.exact_cache_bytes / 2**20:.2f} MiB"
         )

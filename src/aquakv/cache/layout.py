@@ -103,9 +103,9 @@ class TokenLayout:
         return torch.cat([self.holes.held(cpu), after[:, self.holes.slots :]], 1)
 
     def held_tokens(self) -> int:
-        """Return the number of tokens held of all rows, padding included until something is evicted."""
+        """Return the number of tokens held of all rows, without padding."""
         if self.holes is None:
-            return self.rows * self.columns
+            return sum(self.lengths())
         return int((self.holes.origins >= 0).sum()) + self.rows * (self.columns - self.holes.slots)
 
     def lengths(self) -> list[int]:

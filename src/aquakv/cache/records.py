@@ -79,6 +79,14 @@ class Chunk:
     encoded: EncodedTokens
     outliers: Outliers | None = None
 
+    def select(self, pages: Tensor, block_tokens: int) -> Chunk:
+        """Return copies of pages, in the given order (int64 indices, repeats allowed)."""
+        return Chunk(
+            len(pages),
+            EncodedTokens(*(kind.select(pages, block_tokens) for kind in self.encoded)),
+            None if self.outliers is None else self.outliers.select(pages, block_tokens),
+        )
+
 
 @dataclass
 class Records:

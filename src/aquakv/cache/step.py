@@ -11,8 +11,8 @@ from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.reconstruct import Reconstructor
-from aquakv.cache.records import Outliers
-from aquakv.cache.storage import CodedPages, ExactTokens
+from aquakv.cache.records import Chunk, Outliers
+from aquakv.cache.storage import CodedPages, Decoded, ExactTokens
 from aquakv.codec import History, LayerCodec, ModelCodec
 from aquakv.codec.guard import choose_outliers
 from aquakv.config import GuardConfig
@@ -107,6 +107,8 @@ class CacheStep:
         Columns held before this pass.
     reconstructor
         What reconstructs layers, in passes that do.
+    keep_decoded
+        Whether layers keep what was reconstructed.
 
     Attributes
     ----------
@@ -124,9 +126,12 @@ class CacheStep:
         guard: GuardConfig,
         columns_before: int,
         reconstructor: Reconstructor | None = None,
+        keep_decoded: bool = False,
     ) -> None:
         self.next_layer = 0
         self._reconstructor = reconstructor
+        self._keeps_decoded = keep_decoded
+        self._undecoded: Blocks | None = None  # those that no layer has decoded yet, where layers keep that
         self._guard = guard
         self.adapter = adapter
         self.layout = layout
@@ -175,22 +180,39 @@ class CacheStep:
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
     ) -> None:
         """Write the older tokens, as their codes give them, to their columns."""
-        chunk = pages.all()
-        history = self.coded.history(keys.device)
+        if self._keeps_decoded:
+            decoded = pages.decoded
+            known = 0 if decoded is None else decoded.pages
+            if self._undecoded is None:
+                self._undecoded = Blocks(self.layout, self.coded.pages[known:])
+            if self._undecoded:
+                new = self._decode(self._undecoded, pages.since(known), layer_idx, codec, keys)
+                decoded = pages.decoded = new if decoded is None else decoded.join(new)
+            assert decoded is not None  # there are codes
+        else:
+            decoded = self._decode(self.coded, pages.all(), layer_idx, codec, keys)
+        self.coded.place(keys, decoded.keys)
+        self.coded.place(values, decoded.values)
+
+    def _decode(
+        self, blocks: Blocks, chunk: Chunk, layer_idx: int, codec: LayerCodec, keys: Tensor
+    ) -> Decoded:
+        """Return what blocks' codes give for attention, in the dtype and with the heads of ``keys``."""
+        history = blocks.history(keys.device)
         like = keys.new_empty(0, dtype=reconstruction_dtype(keys))
         assert self._reconstructor is not None  # given to passes that come here
         hat = self._reconstructor.reconstruct(
-            self.next_layer, chunk.encoded, pages.block_tokens, history, like
+            self.next_layer, chunk.encoded, self.layout.window.block_tokens, history, like
         )
-        tables = self.coded.tables(self.adapter, layer_idx, keys)
+        tables = blocks.tables(self.adapter, layer_idx, keys)
         key_hat = (hat.keys + codec.keys.mean).view(-1, *keys.shape[2:])
-        self.coded.place(keys, rotate(key_hat, tables))
-        self.coded.place(values, hat.values + codec.values.mean)
+        key_hat = rotate(key_hat, tables).to(keys.dtype)
+        value_hat = (hat.values + codec.values.mean).view(-1, *keys.shape[2:]).to(keys.dtype)
         if chunk.outliers is not None:
-            columns = self.coded.index(keys.device).index_select(0, chunk.outliers.index)
-            keys.view(-1, *keys.shape[2:]).index_copy_(0, columns, chunk.outliers.keys)
-            values.view(-1, *values.shape[2:]).index_copy_(0, columns, chunk.outliers.values)
-        self.coded.hats = codec.extend(history, hat)
+            key_hat.index_copy_(0, chunk.outliers.index.long(), chunk.outliers.keys)
+            value_hat.index_copy_(0, chunk.outliers.index.long(), chunk.outliers.values)
+        blocks.hats = codec.extend(history, hat)
+        return Decoded(chunk.pages, key_hat, value_hat)
 
     def _compress(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor

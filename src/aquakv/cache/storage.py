@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from aquakv.cache.records import Chunk, Outliers, Records, storage_bytes
@@ -15,16 +16,59 @@ from aquakv.codec.encoded import concatenate
 MAX_CHUNK_PAGES = 64
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What a layer's first pages were decoded to, as attention takes them.
+
+    Attributes
+    ----------
+    pages
+        How many.
+    keys, values
+        ``[tokens, num_kv_heads, head_dim]`` in the model's dtype, in storage order: keys after rotary
+        embedding, outliers exactly.
+    """
+
+    pages: int
+    keys: Tensor
+    values: Tensor
+
+    def join(self, other: Decoded) -> Decoded:
+        """Return these pages and those behind them."""
+        return Decoded(
+            self.pages + other.pages,
+            torch.cat([self.keys, other.keys]),
+            torch.cat([self.values, other.values]),
+        )
+
+    def select(self, pages: Tensor, block_tokens: int) -> Decoded | None:
+        """Return copies of pages, in the given order, up to the first that is not among these."""
+        known = (pages < self.pages).cumprod(0).sum()
+        chosen, offsets = pages[:known, None] * block_tokens, torch.arange(block_tokens)
+        tokens = (chosen.cpu() + offsets).flatten().to(self.keys.device)
+        return Decoded(int(known), self.keys.index_select(0, tokens), self.values.index_select(0, tokens))
+
+
 @dataclass
 class CodedPages:
     """Codes of one layer, append-only, in pages of ``block_tokens`` tokens.
 
     Records, in which kernels look pages up, are in buffers with room for more. Other codes live in a short
     list of chunks, each with exactly the tensors that the codes need and no spare capacity.
+
+    Attributes
+    ----------
+    block_tokens
+        Tokens of a page.
+    records
+        The codes, if they are records.
+    decoded
+        What the first pages were decoded to, where a cache keeps that.
     """
 
     block_tokens: int
     records: Records | None = None
+    decoded: Decoded | None = None
     _others: list[Chunk] = field(default_factory=list)
 
     @property
@@ -70,28 +114,31 @@ class CodedPages:
 
     def select(self, pages: Tensor) -> None:
         """Keep copies of the given pages, in the given order (int64 indices, repeats allowed)."""
+        if self.decoded is not None:
+            self.decoded = self.decoded.select(pages, self.block_tokens)
         if self.records is not None:
             self.records = self.records.select(pages)
         if not self._others:
             return
-        whole = self.all()
-        self._others = [
-            Chunk(
-                len(part),
-                EncodedTokens(*(kind.select(part, self.block_tokens) for kind in whole.encoded)),
-                None if whole.outliers is None else whole.outliers.select(part, self.block_tokens),
-            )
-            for part in pages.split(MAX_CHUNK_PAGES)
-            if len(part)
-        ]
+        whole, parts = self.all(), pages.split(MAX_CHUNK_PAGES)
+        self._others = [whole.select(part, self.block_tokens) for part in parts if len(part)]
 
     def clear(self) -> None:
         """Drop everything."""
-        self.records, self._others = None, []
+        self.records, self.decoded, self._others = None, None, []
 
     def all(self) -> Chunk:
         """Return all codes as one chunk, in storage order."""
         return self.chunks[0] if len(self.chunks) == 1 else self._join(self.chunks)
+
+    def since(self, page: int) -> Chunk:
+        """Return the codes from a page on as one chunk, in storage order."""
+        whole = self.all()
+        return whole.select(torch.arange(page, whole.pages), self.block_tokens) if page else whole
+
+    def decoded_bytes(self) -> int:
+        """Return the bytes of what is kept decoded."""
+        return 0 if self.decoded is None else storage_bytes(self.decoded.keys, self.decoded.values)
 
     def footprint(self) -> tuple[int, int, int, int]:
         """Return the bytes of codes, of scales and of outliers in use, and of room for more."""

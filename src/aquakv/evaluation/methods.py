@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aquakv.baselines import BASELINES, Baseline, RowsCache, baseline
 from aquakv.cache import AquaCache, Footprint
+from aquakv.cache.fused import why_not_fused
 from aquakv.calibration import calibrate_many
 from aquakv.codec import ModelCodec
 from aquakv.config import PRESETS, preset
@@ -47,7 +48,8 @@ def fresh_cache(model: PreTrainedModel, method: Method, padded: bool = False) ->
         return DynamicCache(config=model.config)
     if isinstance(method, Baseline):
         return RowsCache(model, method) if padded else method.cache(model)
-    return AquaCache(model, method)
+    # Where codes cannot be attended to, decoding them in every pass would only cost time.
+    return AquaCache(model, method, keep_decoded=why_not_fused(method) is not None)
 
 
 def held_by(method: Method, cache: Cache) -> Footprint | None:

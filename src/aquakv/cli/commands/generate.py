@@ -25,6 +25,13 @@ def generate(
     ] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed for --sample.")] = 0,
+    keep_decoded: Annotated[
+        bool,
+        typer.Option(
+            "--keep-decoded",
+            help="Decode every code once and keep the result: fast, for the memory of an exact cache.",
+        ),
+    ] = False,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
 ) -> None:
@@ -43,7 +50,7 @@ def generate(
         prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.model.device)
     options.require_length(int(inputs["input_ids"].shape[1]) + max_new_tokens, loaded)
-    cache = AquaCache(loaded.model, loaded_codec)
+    cache = AquaCache(loaded.model, loaded_codec, keep_decoded=keep_decoded)
     set_seed(seed)
     with torch.no_grad():
         model_: Any = loaded.model
