@@ -318,7 +318,7 @@ class PagedStep(CodesStep):
         outliers = records.places
         rows = self.state.outliers(layout, layer_idx, records, tables, most)
         tail = exact.key_buffer, exact.value_buffer
-        if self._first_kept():  # what is kept moves within the buffers before anything attends
+        if self._first_kept:  # what is kept moves within the buffers before anything attends
             tail = tail[0].clone(), tail[1].clone()
         held = HeldTokens(
             exact.sink_keys,
@@ -381,7 +381,7 @@ class PagedStep(CodesStep):
     def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
         """Take the sinks out of the tail; forget what has been compressed of it."""
         self._keep_sinks(exact, keys, values)
-        first = self._first_kept()
+        first = self._first_kept
         if first:
             exact.drop_first(first)
 
