@@ -230,8 +230,8 @@ class PagedStep(CodesStep):
         index = taken.tokens + (layers[0].records.blocks - new) * block
         sources, indices = torch.stack([source, index]).to(excess.device, non_blocking=True)
         parts = sources.split(taken.counts), indices.int().split(taken.counts)
-        for one, chosen, own in zip(layers, *parts, strict=True):
-            if len(own):
+        for one, count, chosen, own in zip(layers, taken.counts, *parts, strict=True):
+            if count:
                 tail = one.exact.key_buffer.flatten(0, 1), one.exact.value_buffer.flatten(0, 1)
                 one.records.add_outliers(own, *tail, chosen)
         return taken
