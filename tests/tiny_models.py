@@ -229,7 +229,11 @@ def codec_for(kind="llama", name="paper", bits=None, window=WINDOW, seed=0):
 @functools.cache
 def guarded_codec(kind="llama", limit=1e-12, fraction=0.25):
     """Return the decode preset's codec with another limit and cap: by default the cap alone decides."""
-    codec = codec_for(kind, "decode")
+    return with_outliers(codec_for(kind, "decode"), limit, fraction)
+
+
+def with_outliers(codec, limit, fraction):
+    """Return a codec with another limit and cap."""
 
     def tensor_codec(one):
         return dataclasses.replace(one, guard=dataclasses.replace(one.guard, limit=torch.tensor([limit])))

@@ -7,12 +7,24 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aquakv import AquaCache, DecodeGraph, WindowConfig
+from aquakv import AquaCache, DecodeGraph, WindowConfig, calibrate, preset
 from aquakv.cache.graph import CudaCapture
 from aquakv.cache.paged import PagedStep
+from aquakv.codec import LayerCodec
 from aquakv.errors import CacheStateError, ConfigError, ShapeError
 from aquakv.eviction import SnapKV
-from tiny_models import build, codec_for, feed, guarded_codec, random_tokens, shared, two_stage_codec, wide
+from tiny_models import (
+    DECODE_BITS,
+    build,
+    codec_for,
+    feed,
+    guarded_codec,
+    random_tokens,
+    shared,
+    two_stage_codec,
+    wide,
+    with_outliers,
+)
 
 PAGED = WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
 
@@ -385,6 +397,75 @@ def test_errors():
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts what the host would wait for on a GPU, but not in encoding, which kernels do there."""
+
+    OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, self.paused = 0, 0
+        for name in ("tolist", "cpu", "item", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+        for name in ("encode", "seal"):
+            monkeypatch.setattr(LayerCodec, name, self._pausing(getattr(LayerCodec, name)))
+
+    def _counted(self, method):
+        def call(*args, **kwargs):
+            self.count += not self.paused
+            return method(*args, **kwargs)
+
+        return call
+
+    def _pausing(self, method):
+        def call(*args, **kwargs):
+            self.paused += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.paused -= 1
+
+        return call
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_bools = func.name().startswith("aten::index") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in tree_leaves(args[1])
+        )
+        self.count += not self.paused and (by_bools or func.name().startswith(self.OPERATIONS))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pads", [(0,), (0, 0, 9)])
+def test_compressing_waits_no_more_often_for_more_layers(pads, monkeypatch):
+    """Outliers of all layers are read at once."""
+    found, waits = {}, Waits(monkeypatch)
+    tokens, mask, _ = padded(210, pads)
+    for layers in (2, 5):
+        model = build("llama", num_hidden_layers=layers)
+        codec = calibrate(model, random_tokens(8, 48, seed=1), preset("decode", DECODE_BITS))
+        cache, recorded = cache_of(model, with_outliers(codec, 1e-12, 0.05)), Recorded()
+        graph = DecodeGraph(model, cache, capture=recorded)
+        feed(model, cache, tokens[:, :120], [120], mask[:, :120])
+        # At the first block the host asks how many outliers each row has, and knows it from then on.
+        stepwise(graph, tokens[:, :150], 120)
+        found[layers], captures = [], recorded.captures
+        for column in range(150, 210):
+            compresses = cache.compresses_next
+            waits.count = 0
+            with waits:
+                stepwise(graph, tokens[:, : column + 1], column)
+            if compresses:
+                found[layers].append((column, waits.count))
+        assert recorded.captures == captures
+        assert all(
+            layer.pages.records.outlier_count == 3 * len(cache.layout.pages) for layer in cache._compressed
+        )
+    assert [column for column, _ in found[2]] == [193 + pad for pad in sorted(set(pads))]
+    assert found[2] == found[5]
+    assert all(0 < count < 10 for _, count in found[2])
+
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -15,7 +15,7 @@ from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.encode import EncodeOperands, encode
 from aquakv.kernels.from_codec import encode_operands
 from aquakv.kernels.operands import HEAD_DIMS
-from aquakv.kernels.pages import clear_attended
+from aquakv.kernels.pages import attended_bytes, write_attended
 
 _log = logging.getLogger(__name__)
 
@@ -96,11 +96,13 @@ class PageEncoder:
         self._latents = found.next_latents
         return EncodedTokens(EncodedPages(found.key_pages), EncodedPages(found.value_pages)), found.excess
 
-    def take_out(self, codes: EncodedTokens, tokens: Tensor) -> None:
-        """Let attention to codes pass over tokens, distinct indices, in place."""
+    @staticmethod
+    def take_out(codes: EncodedTokens, taken: Tensor) -> None:
+        """Let attention to codes from `encode` pass over the tokens of ``taken``, ``[tokens]`` bool."""
+        kept = attended_bytes(~taken)
         for kind in codes:
             assert isinstance(kind, EncodedPages)
-            clear_attended(kind.records, tokens)
+            write_attended([kind.records], [kept])
 
 
 def _operands_on(codec: ModelCodec, index: int, device: torch.device, dtype: torch.dtype) -> EncodeOperands:

@@ -278,16 +278,21 @@ class TokenLayout:
         return source
 
     def page_columns(
-        self, blocks: list[tuple[int, int]], device: torch.device, first_column: int = 0
+        self,
+        blocks: list[tuple[int, int]],
+        device: torch.device,
+        first_column: int = 0,
+        width: int | None = None,
     ) -> Tensor:
         """Return the flat index of every token of ``blocks``, in order, int64.
 
-        The index is that of ``[rows, columns]`` without the columns before ``first_column``.
+        The index is that of ``[rows, width]``, whose columns begin with ``first_column``; by default they end
+        with the last one.
         """
-        held = self.columns - first_column
-        first = torch.tensor([row * held + column - first_column for row, column in blocks], dtype=torch.long)
+        width = self.columns - first_column if width is None else width
+        first = torch.tensor([row * width + column - first_column for row, column in blocks])
         offsets = torch.arange(self.window.block_tokens)
-        return (first[:, None] + offsets).flatten().to(device, non_blocking=True)
+        return (first.long()[:, None] + offsets).flatten().to(device, non_blocking=True)
 
     def is_contiguous(self, blocks: list[tuple[int, int]]) -> bool:
         """Tell whether ``blocks`` cover one run of columns of a single row, in order."""

@@ -8,28 +8,29 @@ block is compressed, records and tables have room for it (`records`, `tables`) a
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.records import Records, storage_bytes
+from aquakv.cache.outlier_rows import Taken
+from aquakv.cache.paged_state import PagedState
+from aquakv.cache.records import Chunk, Records
 from aquakv.cache.step import CodesStep
 from aquakv.cache.storage import CodedPages, ExactTokens
-from aquakv.cache.tables import ExactPlaces, OutlierRows, PageTables
+from aquakv.cache.tables import ExactPlaces
 from aquakv.codec import LayerCodec, ModelCodec
+from aquakv.codec.guard import which_are_outliers
 from aquakv.config import GuardConfig
 from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.exact import HeldTokens, attend_exact
 from aquakv.kernels.from_codec import decode_operands
 from aquakv.kernels.operands import HEAD_DIMS, MAX_RANK
+from aquakv.kernels.pages import attended_bytes, write_attended
 from aquakv.models.adapter import ModelAdapter
 from aquakv.numerics.pages import PAGE_TOKENS
-
-_log = logging.getLogger(__name__)
 
 
 def why_not_paged(codec: ModelCodec, block_tokens: int) -> str | None:
@@ -58,174 +59,6 @@ def attends_with_kernels(backend: Backend, head_dim: int, like: Tensor) -> bool:
     return backend != "auto" or (chosen == "triton" and head_dim in HEAD_DIMS)
 
 
-class LateAnswer:
-    """A truth that a device works out, read later: by then the host hardly has to wait for it.
-
-    Parameters
-    ----------
-    value
-        One bool, on any device.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-        self._known: torch.cuda.Event | None = None
-        if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._known = torch.cuda.Event()
-            self._known.record(torch.cuda.current_stream(value.device))
-
-    def get(self) -> bool:
-        """Return it; waits for what the device had to do before it, and no more."""
-        if self._known is not None:
-            self._known.synchronize()
-        return bool(self._value)
-
-
-class PagedState:
-    """What a cache keeps for kernels between steps.
-
-    It is brought up to date in place when pages are added, and made anew when rows are selected or there is
-    no room.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend: Backend = backend
-        self._selections = 0
-        self._tables: dict[torch.device, PageTables] = {}
-        self._outliers: dict[int, OutlierRows] = {}
-        self._places: dict[torch.device, ExactPlaces] = {}
-        self._unmasked: bool | None = None
-        self._last_mask_saw_all: LateAnswer | None = None
-
-    def count_columns(self, device: torch.device, columns: int) -> None:
-        """Tell a device how many columns there are, once `places` has told it where they are."""
-        self._places[device].columns.fill_(columns)
-
-    def places(
-        self,
-        layout: TokenLayout,
-        device: torch.device,
-        first_column: int,
-        capacity: int,
-        mask: Tensor | None,
-    ) -> ExactPlaces:
-        """Tell a device where exact tokens are, by tables that are up to date; always in the same place.
-
-        The tail begins at ``first_column`` and has room for ``capacity`` columns; ``mask`` is the pass's.
-        """
-        sinks, held = layout.window.sink_tokens, self._places.get(device)
-        if (
-            held is None
-            or held.capacity != capacity
-            or (held.allowed is None) != (mask is None)
-            or (held.allowed is not None and len(held.allowed) != layout.rows)
-        ):
-            held = ExactPlaces.empty(layout.rows, sinks, capacity, mask is not None, device)
-            self._places[device] = held
-        held.columns.fill_(layout.columns)
-        held.first_column.fill_(first_column)
-        if held.allowed is not None and mask is not None:
-            held.allowed.copy_(self._tables[device].allowed(layout, first_column, capacity, mask))
-        return held
-
-    def tables(
-        self,
-        layout: TokenLayout,
-        adapter: ModelAdapter,
-        layer_idx: int,
-        device: torch.device,
-        records: Records,
-    ) -> PageTables:
-        """Return the tables of the present pages, which a layer's records hold."""
-        if self._selections != layout.selections:
-            self._tables.clear()
-            self._outliers.clear()
-            self._selections = layout.selections
-        held = self._tables.get(device)
-        if held is None or not held.fit(layout, records):
-            held = self._tables[device] = PageTables.build(layout, adapter, layer_idx, device, records)
-        elif held.version != layout.version:
-            held.update(layout, adapter, layer_idx)
-        return held
-
-    def outliers(
-        self, layout: TokenLayout, layer_idx: int, records: Records, tables: PageTables, most: int
-    ) -> OutlierRows | None:
-        """Return a layer's present outliers by row, if it can have some.
-
-        A block was encoded with at most ``most``. One that was packed has at most twice as many, if its
-        positions follow each other as they must here: it has taken tokens of two blocks then.
-        """
-        most = most if layout.holes is None else 2 * most
-        if records.places is None:
-            return None
-        held = self._outliers.get(layer_idx)
-        same = held is not None and held.source is records.places.index
-        if held is not None and same and held.version == layout.version:
-            return held
-        found = tables.group(records.places, records.outlier_count, layout.window.block_tokens, most)
-        if held is not None and same and held.present.shape == found.present.shape:
-            held.renew(found)
-        else:
-            held = self._outliers[layer_idx] = found
-        return held
-
-    @property
-    def sees_some_only(self) -> bool:
-        """Whether the last mask that was looked at hides compressed tokens."""
-        return self._unmasked is False
-
-    def look_at(self, layout: TokenLayout, mask: Tensor | None) -> None:
-        """Find out whether a mask hides compressed tokens, which may take a wait for the device."""
-        self._unmasked = self._last_mask_saw_all = None
-        if mask is None or mask.shape[1] < layout.columns:
-            return
-        index = layout.page_columns(layout.pages, mask.device)
-        real = mask[:, : layout.columns].ne(0).expand(layout.rows, -1).reshape(-1)
-        self._unmasked = bool(real[index].all())
-
-    def sees_all(self, layout: TokenLayout, mask: Tensor | None) -> bool:
-        """Tell whether all compressed tokens are seen, without waiting for what a device has yet to do.
-
-        On a GPU a mask says of compressed tokens what the last one said, which was looked at then or, if not,
-        was left to the device: so a mask that comes to hide some is noticed one step late.
-        """
-        if mask is None:
-            self._unmasked = self._last_mask_saw_all = None
-            return True
-        if self._unmasked is None or self._tells_at_once(mask):
-            self.look_at(layout, mask)
-        elif self._last_mask_saw_all is not None and not self._last_mask_saw_all.get():
-            self._unmasked = False
-            _log.warning("an attention mask came to hide compressed tokens; the step before attended to them")
-        self._last_mask_saw_all = None
-        tables = self._tables.get(mask.device)
-        current = tables is not None and tables.version == layout.version
-        if self._unmasked and tables is not None and current and not self._tells_at_once(mask):
-            column = torch.arange(layout.columns, device=mask.device)
-            first = tables.starts + layout.window.sink_tokens
-            coded = (column >= first) & (column < first + tables.coded)
-            self._last_mask_saw_all = LateAnswer((mask[:, : layout.columns].ne(0) | ~coded).all())
-        return bool(self._unmasked)
-
-    @staticmethod
-    def _tells_at_once(mask: Tensor) -> bool:
-        """Tell whether the host can read a mask without waiting."""
-        return mask.device.type == "cpu"
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What kernels read, with what they keep beside it."""
-        parts = (*self._tables.values(), *self._outliers.values(), *self._places.values())
-        return tuple(tensor for part in parts for tensor in part.tensors)
-
-    def footprint(self) -> int:
-        """Return the bytes of all tables, room for more included."""
-        return storage_bytes(*self.tensors, *(tables.block_rows for tables in self._tables.values()))
-
-
 def operands_on(
     codec: ModelCodec, index: int, rotary_dim: int, device: torch.device, dtype: torch.dtype
 ) -> DecodeOperands:
@@ -242,6 +75,16 @@ def operands_on(
         )
 
     return codec.derived(("decode operands", index, rotary_dim, device, dtype), make)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A layer that has encoded what is due, and by how much that exceeds the tolerated error."""
+
+    layer_idx: int
+    records: Records
+    exact: ExactTokens
+    excess: Tensor | None
 
 
 class PagedStep(CodesStep):
@@ -273,6 +116,8 @@ class PagedStep(CodesStep):
         window = layout.window
         self._capacity = max(window.recent_window + window.block_tokens, tail_columns + 1)
         self._places: dict[torch.device, ExactPlaces] = {}
+        self._encoded: list[_Encoded] = []
+        self._taken: Taken | None = None
         # Of the device's making, so that a graph makes them anew.
         self._seen: dict[torch.device, Tensor] = {}
         self._new: dict[torch.device, Tensor] = {}
@@ -318,7 +163,7 @@ class PagedStep(CodesStep):
         outliers = records.places
         rows = self.state.outliers(layout, layer_idx, records, tables, most)
         tail = exact.key_buffer, exact.value_buffer
-        if self._first_kept():  # what is kept moves within the buffers before anything attends
+        if self._first_kept:  # what is kept moves within the buffers before anything attends
             tail = tail[0].clone(), tail[1].clone()
         held = HeldTokens(
             exact.sink_keys,
@@ -344,10 +189,52 @@ class PagedStep(CodesStep):
     def compress_layer(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, exact: ExactTokens
     ) -> None:
-        """Compress what is due at one layer, in whose tail the pass's token is already."""
-        assert pages.records is not None  # `why_not_paged` has seen to it
-        self.places_on(exact.tail_keys.device, layer_idx, pages.records)
-        self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
+        """Encode what is due at one layer, in whose tail the pass's token is already; waits for nothing.
+
+        All layers are on one device. `take_outliers` does the rest.
+        """
+        records, device, block = pages.records, exact.key_buffer.device, pages.block_tokens
+        assert records is not None  # `why_not_paged` has seen to it
+        self.places_on(device, layer_idx, records)
+        keys, values = self.due.gather(exact.key_buffer), self.due.gather(exact.value_buffer)
+        codes, excess = self._encode(layer_idx, codec, keys, values)
+        if self.encoder is None:
+            codes = codec.seal(codes, block)
+        records.append(Chunk(len(self.due.pages), codes))
+        self._encoded.append(_Encoded(layer_idx, records, exact, excess))
+        self._layers.append((layer_idx, device, records))
+        self.next_layer += 1
+
+    def take_outliers(self) -> None:
+        """Take the outliers out of what `compress_layer` has encoded; forget the exact tokens.
+
+        The host waits for the device once, whatever the number of layers.
+        """
+        self._taken = self._take_outliers([one for one in self._encoded if one.excess is not None])
+        if self._first_kept:
+            ExactTokens.drop_first_of([one.exact for one in self._encoded], self._first_kept)
+
+    def _take_outliers(self, layers: list[_Encoded]) -> Taken | None:
+        """Move outliers of layers that can have some to their records."""
+        if not layers:
+            return None
+        new, block = len(self.due.pages), self.layout.window.block_tokens
+        excess = torch.stack([one.excess for one in layers if one.excess is not None])
+        which = which_are_outliers(excess, block, self._guard.most(block))
+        kept = attended_bytes(~which).unbind()
+        keys, values = zip(*(one.records.newest(new) for one in layers), strict=True)
+        write_attended([*keys, *values], [*kept, *kept])
+        taken = Taken.read(which)
+        # Layers hold the same columns, and had the same blocks before.
+        source = self.due.index(torch.device("cpu"), layers[0].exact.key_buffer.shape[1])[taken.tokens]
+        index = taken.tokens + (layers[0].records.blocks - new) * block
+        sources, indices = torch.stack([source, index]).to(excess.device, non_blocking=True)
+        parts = sources.split(taken.counts), indices.int().split(taken.counts)
+        for one, count, chosen, own in zip(layers, taken.counts, *parts, strict=True):
+            if count:
+                tail = one.exact.key_buffer.flatten(0, 1), one.exact.value_buffer.flatten(0, 1)
+                one.records.add_outliers(own, *tail, chosen)
+        return taken
 
     def _take_in(
         self,
@@ -371,6 +258,11 @@ class PagedStep(CodesStep):
         if not self.due:
             return
         most = self._guard.most(self.layout.window.block_tokens)
+        if self._taken is not None:
+            own = [(one.layer_idx, one.records) for one in self._encoded if one.excess is not None]
+            tables = self.state.tables(self.layout, self.adapter, *self._layers[0])
+            rows = [row for row, _ in self.due.pages]
+            self.state.add_outliers(self.layout, tables, own, self._taken, rows, most)
         for layer_idx, device, records in self._layers:
             tables = self.state.tables(self.layout, self.adapter, layer_idx, device, records)
             self.state.outliers(self.layout, layer_idx, records, tables, most)
@@ -381,7 +273,7 @@ class PagedStep(CodesStep):
     def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
         """Take the sinks out of the tail; forget what has been compressed of it."""
         self._keep_sinks(exact, keys, values)
-        first = self._first_kept()
+        first = self._first_kept
         if first:
             exact.drop_first(first)
 

@@ -172,20 +172,42 @@ class Records:
 
     def append(self, chunk: Chunk) -> None:
         """Add the records and outliers of whole blocks; what does not fit gets just the room it needs."""
-        blocks = self.blocks + chunk.pages
-        self._reserve(blocks)
-        used = slice(self.blocks * self.block_records, blocks * self.block_records)
-        self.keys[used], self.values[used] = _records(chunk)
+        first = self.blocks
+        self._reserve(first + chunk.pages)
+        self.blocks += chunk.pages
+        for own, new in zip(self.newest(chunk.pages), _records(chunk), strict=True):
+            own.copy_(new)
         if chunk.outliers is not None:
-            count = self.outlier_count + len(chunk.outliers.index)
-            self._reserve_places(count, chunk.outliers.keys, chunk.outliers.values)
-            assert self.places is not None  # there are such places now
-            own = self.places.first(count)
-            own.index[self.outlier_count :] = chunk.outliers.index + self.blocks * self.block_tokens
-            own.keys[self.outlier_count :] = chunk.outliers.keys
-            own.values[self.outlier_count :] = chunk.outliers.values
-            self.outlier_count = count
-        self.blocks = blocks
+            index, keys, values = chunk.outliers.tensors
+            self.add_outliers(index + first * self.block_tokens, keys, values)
+
+    def newest(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """Return views of the records, keys' and values', of the last so many blocks."""
+        own = slice((self.blocks - blocks) * self.block_records, self.blocks * self.block_records)
+        return self.keys[own], self.values[own]
+
+    def add_outliers(self, index: Tensor, keys: Tensor, values: Tensor, chosen: Tensor | None = None) -> None:
+        """Add outliers behind the others.
+
+        Parameters
+        ----------
+        index
+            ``[n]`` int32, rising: which of the layer's tokens.
+        keys, values
+            ``[n, num_kv_heads, head_dim]``.
+        chosen
+            ``[n]`` int64: where in ``keys`` and ``values``, which may have more, the outliers' are.
+        """
+        used, count = self.outlier_count, self.outlier_count + len(index)
+        self._reserve_places(count, keys, values)
+        assert self.places is not None  # there are such places now
+        self.places.index[used:count] = index
+        for own, vectors in ((self.places.keys, keys), (self.places.values, values)):
+            if chosen is None:
+                own[used:count] = vectors
+            else:
+                torch.index_select(vectors, 0, chosen, out=own[used:count])
+        self.outlier_count = count
 
     def select(self, pages: Tensor) -> Records | None:
         """Return copies of blocks, in the given order, with as much room for more; None of no blocks.

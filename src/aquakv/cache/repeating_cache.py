@@ -143,6 +143,7 @@ class RepeatingCache(EvictingCache):
                     layer.pages,
                     layer.exact,
                 )
+            step.take_outliers()
             step.finish()
             self._state.look_at(self.layout, mask)
             self._settle(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ from aquakv.cache.layout import TokenLayout
 from aquakv.cache.reconstruct import Reconstructor
 from aquakv.cache.records import Chunk, Outliers
 from aquakv.cache.storage import CodedPages, Decoded, ExactTokens
-from aquakv.codec import History, LayerCodec, ModelCodec
-from aquakv.codec.guard import choose_outliers
+from aquakv.codec import EncodedTokens, History, LayerCodec, ModelCodec
+from aquakv.codec.guard import which_are_outliers
 from aquakv.config import GuardConfig
 from aquakv.models.adapter import ModelAdapter
-from aquakv.models.rotary import RotaryTables, rotate, unrotate
+from aquakv.models.rotary import RotaryTables, rotate
 
 if TYPE_CHECKING:
     from aquakv.cache.encoding import PageEncoder
@@ -43,34 +44,48 @@ class Blocks:
     pages: list[tuple[int, int]]
     first_column: int = 0
     hats: History = ()
-    _index: dict[torch.device, Tensor] = field(default_factory=dict)
-    _tables: dict[tuple[torch.device, str], RotaryTables] = field(default_factory=dict)
+    _index: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
+    _runs: dict[int, slice | None] = field(default_factory=dict)
+    _tables: dict[tuple[torch.device, str, bool], RotaryTables] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.pages)
 
-    @cached_property
-    def run(self) -> slice | None:
-        """The blocks' columns if they are one run of a single row."""
-        if not self.layout.is_contiguous(self.pages):
-            return None
-        first = self.pages[0][1] - self.first_column
-        return slice(first, first + len(self.pages) * self.layout.window.block_tokens)
+    def run(self, width: int) -> slice | None:
+        """Return where the tokens are if they are one run of a flat ``[rows, width]``, in order."""
+        if width not in self._runs:
+            layout, first, found = self.layout, self.first_column, None
+            tokens = len(self.pages) * layout.window.block_tokens
+            if layout.is_contiguous(self.pages):
+                start = self.pages[0][1] - first
+                found = slice(start, start + tokens)
+            elif layout.rows * width == tokens and self.pages == [(row, first) for row in range(layout.rows)]:
+                found = slice(0, tokens)  # one block of every row, and nothing else: rows decode in step
+            self._runs[width] = found
+        return self._runs[width]
 
     def history(self, device: torch.device) -> History:
         """Return the reconstructions at the layers before, on a device."""
         return tuple(hat.to(device) for hat in self.hats)
 
-    def index(self, device: torch.device) -> Tensor:
-        """Return the tokens' flat indices, see `TokenLayout.page_columns`."""
-        if device not in self._index:
-            self._index[device] = self.layout.page_columns(self.pages, device, self.first_column)
-        return self._index[device]
+    def index(self, device: torch.device, width: int) -> Tensor:
+        """Return the tokens' indices in a flat ``[rows, width]``, see `TokenLayout.page_columns`."""
+        which = device, width
+        if which not in self._index:
+            self._index[which] = self.layout.page_columns(self.pages, device, self.first_column, width)
+        return self._index[which]
 
-    def tables(self, adapter: ModelAdapter, layer_idx: int, keys: Tensor) -> RotaryTables:
-        """Return the tokens' cosines and sines, which all layers share that rotate alike."""
-        which = keys.device, adapter.rotary_kind(layer_idx)
-        if which not in self._tables:
+    def tables(
+        self, adapter: ModelAdapter, layer_idx: int, keys: Tensor, inverse: bool = False
+    ) -> RotaryTables:
+        """Return the tokens' cosines and sines, which all layers share that rotate alike.
+
+        With ``inverse``, those that undo the rotation.
+        """
+        which = keys.device, adapter.rotary_kind(layer_idx), inverse
+        if which not in self._tables and inverse:
+            self._tables[which] = self.tables(adapter, layer_idx, keys).inverse()
+        elif which not in self._tables:
             positions = self.layout.positions
             assert positions is not None  # set by layout.append
             chosen = positions.flatten()[self.layout.page_columns(self.pages, positions.device)]
@@ -79,17 +94,19 @@ class Blocks:
 
     def place(self, out: Tensor, vectors: Tensor) -> None:
         """Write the tokens' ``vectors`` ``[tokens, heads * head_dim]`` to their columns of ``out``."""
-        vectors = vectors.view(-1, *out.shape[2:])
-        if self.run is not None:
-            out[0, self.run] = vectors
+        vectors, flat = vectors.view(-1, *out.shape[2:]), out.view(-1, *out.shape[2:])
+        run = self.run(out.shape[1])
+        if run is not None:
+            flat[run] = vectors
         else:
-            out.view(-1, *out.shape[2:]).index_copy_(0, self.index(out.device), vectors.to(out.dtype))
+            flat.index_copy_(0, self.index(out.device, out.shape[1]), vectors.to(out.dtype))
 
     def gather(self, columns: Tensor) -> Tensor:
-        """Return the tokens' vectors, ``[tokens, heads, head_dim]``."""
-        if self.run is not None:
-            return columns[0, self.run]
-        return columns.flatten(0, 1).index_select(0, self.index(columns.device))
+        """Return the tokens' vectors ``[tokens, heads, head_dim]`` of ``[rows, width, heads, head_dim]``."""
+        run = self.run(columns.shape[1])
+        if run is not None and (len(columns) == 1 or columns.is_contiguous()):
+            return columns.flatten(0, 1)[run]
+        return columns.flatten(0, 1).index_select(0, self.index(columns.device, columns.shape[1]))
 
 
 class CacheStep:
@@ -218,26 +235,35 @@ class CacheStep:
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, keys: Tensor, values: Tensor
     ) -> None:
         """Encode the blocks that are due; this pass still attends to their exact values."""
-        tables = self.due.tables(self.adapter, layer_idx, keys)
         exact_keys, exact_values = self.due.gather(keys), self.due.gather(values)
-        key_block, value_block = unrotate(exact_keys, tables).flatten(1), exact_values.flatten(1)
-        if self.encoder is None:
-            history = self.due.history(keys.device)
-            codes, hat = codec.encode(key_block, value_block, history)
-            excess = codec.excess(key_block, value_block, hat)
-            self.due.hats = codec.extend(history, hat)
-        else:
-            codes, excess = self.encoder.encode(self.next_layer, key_block, value_block)
-        outliers, chosen = None, None
+        codes, excess = self._encode(layer_idx, codec, exact_keys, exact_values)
+        outliers, chosen, block = None, None, pages.block_tokens
         if excess is not None:
-            chosen = choose_outliers(excess, pages.block_tokens, self._guard.most(pages.block_tokens))
+            taken = which_are_outliers(excess, block, self._guard.most(block))
+            if self.encoder is not None:
+                self.encoder.take_out(codes, taken)
+            chosen = taken.nonzero().squeeze(1)
             if len(chosen):
                 outliers = Outliers(chosen.to(torch.int32), exact_keys[chosen], exact_values[chosen])
         if self.encoder is None:
-            codes = codec.seal(codes, pages.block_tokens, chosen)
-        elif outliers is not None:
-            self.encoder.take_out(codes, outliers.index)
+            codes = codec.seal(codes, block, chosen)
         pages.append(codes, len(self.due.pages), outliers)
+
+    def _encode(
+        self, layer_idx: int, codec: LayerCodec, exact_keys: Tensor, exact_values: Tensor
+    ) -> tuple[EncodedTokens, Tensor | None]:
+        """Encode the tokens that are due; also return their excess, see `LayerCodec.excess`.
+
+        Codes are as rows of tokens without an encoder; otherwise in pages, and all of them attended to.
+        """
+        tables = self.due.tables(self.adapter, layer_idx, exact_keys, inverse=True)
+        key_block, value_block = rotate(exact_keys, tables).flatten(1), exact_values.flatten(1)
+        if self.encoder is not None:
+            return self.encoder.encode(self.next_layer, key_block, value_block)
+        history = self.due.history(exact_keys.device)
+        codes, hat = codec.encode(key_block, value_block, history)
+        self.due.hats = codec.extend(history, hat)
+        return codes, codec.excess(key_block, value_block, hat)
 
     def _assemble(self, sinks: Tensor, tail: Tensor, new: Tensor) -> Tensor:
         """Lay out all columns ``[rows, columns, heads, head_dim]``, compressed ones not yet written."""
@@ -261,7 +287,7 @@ class CacheStep:
     def _keep_exact(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
         """Copy what stays exact out of the columns at hand, so that these can be freed."""
         self._keep_sinks(exact, keys, values)
-        first = self._first_kept()
+        first = self._first_kept
         if self.columns_are_own and first == 0:
             exact.replace_tail(keys, values)
             return
@@ -272,20 +298,27 @@ class CacheStep:
 
     def _keep_sinks(self, exact: ExactTokens, keys: Tensor, values: Tensor) -> None:
         """Copy the pass's sinks out of the columns at hand."""
-        before, window = self.due.first_column, self.layout.window
+        for row, held, new in self._new_sinks:
+            exact.sink_keys[row, held] = keys[row, new]
+            exact.sink_values[row, held] = values[row, new]
+
+    @cached_property
+    def _new_sinks(self) -> list[tuple[int, slice, slice]]:
+        """Rows that get sinks in this pass; which of their sinks; where in the columns at hand."""
+        before, window, found = self.due.first_column, self.layout.window, []
         for row, start in enumerate(self.layout.starts):
             first = max(start, self.columns_before)
             last = min(start + window.sink_tokens, self.layout.columns)
             if first < last:
-                held, new = slice(first - start, last - start), slice(first - before, last - before)
-                exact.sink_keys[row, held] = keys[row, new]
-                exact.sink_values[row, held] = values[row, new]
+                found.append((row, slice(first - start, last - start), slice(first - before, last - before)))
+        return found
 
+    @cached_property
     def _first_kept(self) -> int:
-        """Return the first of the columns at hand that some row has not compressed after this pass."""
-        due_rows = [row for row, _ in self.due.pages]
+        """The first of the columns at hand that some row has not compressed after this pass."""
+        due = Counter(row for row, _ in self.due.pages)
         first = min(
-            first + due_rows.count(row) * self.layout.window.block_tokens
+            first + due[row] * self.layout.window.block_tokens
             for row, first in enumerate(self.layout.first_exact_columns())
         )
         return first - self.due.first_column

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -229,11 +230,21 @@ class ExactTokens:
 
     def drop_first(self, columns: int) -> None:
         """Forget the oldest columns, in place."""
-        kept = self.tail_columns - columns
-        for buffer in (self.key_buffer, self.value_buffer):
-            buffer[:, :kept] = buffer[:, columns : self.tail_columns].clone()
-            buffer[:, kept : self.tail_columns] = 0
-        self.tail_columns = kept
+        self.drop_first_of([self], columns)
+
+    @staticmethod
+    def drop_first_of(layers: Sequence[ExactTokens], columns: int) -> None:
+        """Forget the oldest columns of several layers, in place."""
+        spare = []
+        for one in layers:
+            kept = one.tail_columns - columns
+            for buffer in (one.key_buffer, one.value_buffer):
+                if kept:
+                    moved = buffer[:, columns : one.tail_columns]
+                    buffer[:, :kept] = moved if kept <= columns else moved.clone()
+                spare.append(buffer[:, kept : one.tail_columns])
+            one.tail_columns = kept
+        torch._foreach_zero_(spare)  # pyright: ignore[reportPrivateImportUsage]
 
     def crop(self, columns: int) -> None:
         """Forget the newest columns."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from aquakv.cache.layout import TokenLayout
-from aquakv.cache.records import Outliers, Records
+from aquakv.cache.outlier_rows import OutlierRows
+from aquakv.cache.records import Records
 from aquakv.kernels import PageRotary, hopper
 from aquakv.models.adapter import ModelAdapter
 from aquakv.numerics.pages import PAGE_TOKENS
@@ -57,40 +58,6 @@ class ExactPlaces:
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors."""
         return self.columns, self.first_column, *(() if self.allowed is None else (self.allowed,))
-
-
-@dataclass
-class OutlierRows:
-    """A layer's outliers by row.
-
-    Attributes
-    ----------
-    source
-        Their index in the layer's records, to know them by, with room for more.
-    index
-        ``[rows, most]`` int64: which of the layer's outliers; None for a single row, which has them all.
-    present
-        ``[rows, most]`` bool: whether there is such an outlier.
-    version
-        The layout's when they were grouped.
-    """
-
-    source: Tensor
-    index: Tensor | None
-    present: Tensor
-    version: int
-
-    def renew(self, other: OutlierRows) -> None:
-        """Hold what another does, in place."""
-        if self.index is not None and other.index is not None:
-            self.index.copy_(other.index)
-        self.present.copy_(other.present)
-        self.version = other.version
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Those that kernels read."""
-        return self.present, *(() if self.index is None else (self.index,))
 
 
 @dataclass
@@ -200,13 +167,18 @@ class PageTables:
         self.starts.copy_(on_device(layout.starts)[:, None])
         self.version = layout.version
 
-    def group(self, places: Outliers, count: int, block_tokens: int, most_per_block: int) -> OutlierRows:
-        """Return outliers by row, without asking the device how many each row has.
+    def outlier_shape(self, source: Tensor, most_per_block: int) -> tuple[int, int]:
+        """Return rows, and how many outliers of a row there is room for; parameters as for `group`."""
+        rows = len(self.table)
+        return rows, len(source) if rows == 1 else min(len(source), self.row_capacity * most_per_block)
+
+    def group(self, source: Tensor, count: int, block_tokens: int, most_per_block: int) -> OutlierRows:
+        """Return a layer's outliers by row, without asking the device how many each row has.
 
         Parameters
         ----------
-        places
-            The layer's outliers and room for more.
+        source
+            ``[room]`` int32: which tokens the layer's outliers are, with room for more.
         count
             How many there are.
         block_tokens
@@ -214,18 +186,17 @@ class PageTables:
         most_per_block
             Outliers that a block can have.
         """
-        device, rows, room = places.index.device, len(self.table), len(places.index)
+        device, (rows, most) = source.device, self.outlier_shape(source, most_per_block)
         if rows == 1:
-            present = (torch.arange(room, device=device) < count)[None]
-            return OutlierRows(places.index, None, present, self.version)
-        most = min(room, self.row_capacity * most_per_block)
-        row = self.block_rows[places.index[:count].long() // block_tokens]
-        own = row[:, None] == torch.arange(rows, device=device)
-        place = own.cumsum(0).gather(1, row[:, None])[:, 0] - 1
+            return OutlierRows(source, None, (torch.arange(most, device=device) < count)[None], count)
+        row = self.block_rows[source[:count].long() // block_tokens]
+        totals = torch.zeros(rows, dtype=torch.int64, device=device).index_add_(0, row, torch.ones_like(row))
+        order = row.argsort(stable=True)
+        row = row[order]
+        place = torch.arange(count, device=device) - (totals.cumsum(0) - totals)[row]
         index = torch.zeros(rows, most, dtype=torch.int64, device=device)
-        index[row, place] = torch.arange(count, device=device)
-        present = torch.arange(most, device=device) < own.sum(0)[:, None]
-        return OutlierRows(places.index, index, present, self.version)
+        index[row, place] = order
+        return OutlierRows(source, index, torch.arange(most, device=device) < totals[:, None], count)
 
     def allowed(self, layout: TokenLayout, first_column: int, capacity: int, mask: Tensor) -> Tensor:
         """Return what a mask allows of sinks and of ``capacity`` columns, ``[rows, sinks + capacity]`` bool.

@@ -56,19 +56,27 @@ class OutlierGuard:
 
 
 def choose_outliers(excess: Tensor, block_tokens: int, most: int) -> Tensor:
-    """Return the indices, int64 in rising order, of the tokens to keep exact.
+    """Return the indices, int64 in rising order, of the tokens to keep exact; waits for their number.
+
+    Parameters as for `which_are_outliers`, of ``[tokens]``.
+    """
+    return which_are_outliers(excess, block_tokens, most).nonzero().squeeze(1)
+
+
+def which_are_outliers(excess: Tensor, block_tokens: int, most: int) -> Tensor:
+    """Tell which tokens to keep exact, as bools in the shape of ``excess``; waits for nothing.
 
     Parameters
     ----------
     excess
-        ``[tokens]``, whole blocks: by how much each token exceeds its limit. Not-a-number never counts.
+        ``[…, tokens]``, whole blocks: by how much each token exceeds its limit. Not-a-number never counts.
     block_tokens
         Tokens of a block; blocks do not influence each other.
     most
         Tokens of a block at most: those with the largest excess, the earlier one where two are equal.
     """
-    blocks = excess.view(-1, block_tokens).nan_to_num(0.0, posinf=torch.finfo(excess.dtype).max)
-    order = blocks.argsort(dim=1, descending=True, stable=True)[:, : min(most, block_tokens)]
-    chosen = blocks.gather(1, order) > 1
-    first = torch.arange(blocks.shape[0], device=excess.device)[:, None] * block_tokens
-    return (order + first)[chosen].sort().values
+    blocks = excess.reshape(-1, block_tokens).nan_to_num(0.0, posinf=torch.finfo(excess.dtype).max)
+    largest, order = blocks.sort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(blocks, dtype=torch.bool)
+    chosen.scatter_(1, order[:, :most], largest[:, :most] > 1)
+    return chosen.view(excess.shape)

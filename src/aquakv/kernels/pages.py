@@ -8,6 +8,7 @@ from aquakv.numerics.pages import (
     TAIL_BYTES,
     Field,
     PageLayout,
+    attended_bytes,
     clear_attended,
     level_slopes,
     pack_pages,
@@ -16,6 +17,7 @@ from aquakv.numerics.pages import (
     record_planes,
     record_scales,
     unpack_pages,
+    write_attended,
 )
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "TAIL_BYTES",
     "Field",
     "PageLayout",
+    "attended_bytes",
     "clear_attended",
     "level_slopes",
     "pack_pages",
@@ -34,4 +37,5 @@ __all__ = [
     "record_planes",
     "record_scales",
     "unpack_pages",
+    "write_attended",
 ]

@@ -73,6 +73,11 @@ class RotaryTables(NamedTuple):
         """Return the tables on another device."""
         return self._replace(cos=self.cos.to(device), sin=self.sin.to(device))
 
+    def inverse(self) -> RotaryTables:
+        """Return tables by which `rotate` undoes what it does by these."""
+        norm = self.cos.square() + self.sin.square()
+        return self._replace(cos=self.cos / norm, sin=-self.sin / norm)
+
     def turning_nothing(self) -> RotaryTables:
         """Return tables of the same tokens that leave every vector as it is."""
         return self._replace(cos=torch.ones_like(self.cos), sin=torch.zeros_like(self.sin))
@@ -113,5 +118,4 @@ def rotate(vectors: Tensor, tables: RotaryTables) -> Tensor:
 
 def unrotate(vectors: Tensor, tables: RotaryTables) -> Tensor:
     """Undo `rotate` with the same tables, in float32."""
-    norm = tables.cos.square() + tables.sin.square()
-    return rotate(vectors, tables._replace(cos=tables.cos / norm, sin=-tables.sin / norm))
+    return rotate(vectors, tables.inverse())

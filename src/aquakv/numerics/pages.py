@@ -39,7 +39,7 @@ little is left unused, and four columns unpack in one 32-bit register.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -320,8 +320,7 @@ def pack_records(codes: Tensor, scales: Tensor, layout: PageLayout, attended: Te
     missing = len(pages) * PAGE_TOKENS - tokens
     filled = torch.nn.functional.pad(scales, (0, missing))
     records[:, layout.page_bytes : layout.page_bytes + PAGE_TOKENS] = filled.view(-1, PAGE_TOKENS)
-    bits = torch.nn.functional.pad(attended, (0, missing)).view(-1, PAGE_TOKENS // 8, 8)
-    records[:, _ATTENDED] = (bits * _bit_values(codes.device)).sum(-1, dtype=torch.uint8)
+    records[:, _ATTENDED] = attended_bytes(torch.nn.functional.pad(attended, (0, missing)))
     return records
 
 
@@ -347,7 +346,8 @@ def record_scales(records: Tensor) -> Tensor:
 
 def record_attended(records: Tensor) -> Tensor:
     """Return which tokens of records ``[..., record_bytes]`` are attended to as codes, ``[..., 64]`` bool."""
-    return (records[..., _ATTENDED, None] & _bit_values(records.device)).ne(0).flatten(-2)
+    shifts = torch.arange(8, dtype=torch.uint8, device=records.device)
+    return ((records[..., _ATTENDED, None] >> shifts) & 1).ne(0).flatten(-2)
 
 
 def clear_attended(records: Tensor, tokens: Tensor) -> None:
@@ -362,11 +362,31 @@ def clear_attended(records: Tensor, tokens: Tensor) -> None:
     """
     attended = record_attended(records).flatten()
     attended[tokens.long()] = False
-    bits = attended.view(-1, PAGE_TOKENS // 8, 8)
-    records[:, _ATTENDED] = (bits * _bit_values(records.device)).sum(-1, dtype=torch.uint8)
+    records[:, _ATTENDED] = attended_bytes(attended)
 
 
-def _bit_values(device: torch.device) -> Tensor:
-    return torch.ones(8, dtype=torch.uint8, device=device) << torch.arange(
-        8, dtype=torch.uint8, device=device
-    )
+def attended_bytes(attended: Tensor) -> Tensor:
+    """Return how records keep which tokens ``[..., tokens]`` bool, whole pages, are attended to as codes.
+
+    Returns
+    -------
+    Tensor
+        ``[..., pages, 8]`` uint8, for `write_attended`.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=attended.device)
+    bits = attended.unflatten(-1, (-1, PAGE_TOKENS // 8, 8))
+    return (bits.view(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def write_attended(records: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    """Write which tokens are attended to as codes into several tensors of records, in place.
+
+    Parameters
+    ----------
+    records
+        ``[pages, record_bytes]`` uint8 each.
+    kept
+        For each ``[pages, 8]``, from `attended_bytes`.
+    """
+    into = [one[:, _ATTENDED] for one in records]
+    torch._foreach_copy_(into, list(kept))  # pyright: ignore[reportPrivateImportUsage]
