@@ -84,10 +84,10 @@ def grid() -> str:
         method = *system_and_setting(row["method"]), GRID_MODELS[row["model"]]
         lines.append([*method, *quality_cells(row), accuracy])
     first, needle = measured[0], next(iter(needles.values()))
-    on_cpu = " and ".join(
+    on_cpu = ", ".join(
         " at ".join(system_and_setting(row["method"])).replace("*", "")
         for row in needles.values()
-        if row["device"] == slow["device"]
+        if row["device"] == slow["device"] and row["bits_per_value"]
     )
     lengths = ", ".join(map(str, needle["lengths"]))
     return table(
@@ -102,21 +102,34 @@ def grid() -> str:
 
 
 def multi_news() -> str:
-    content, all_rows = rows("grid-cpu")
+    fast, on_gpu = rows("grid-h200")
+    slow, on_cpu = rows("grid-cpu")
+    devices = {fast["device"]: "GPU", slow["device"]: "CPU"}
+    order = {model: index for index, model in enumerate(GRID_MODELS)}
+    measured = [
+        row
+        for row in (*on_gpu, *on_cpu)
+        if "multi_news" in row.get("tasks", {}) and row["bits_per_value"] is not None
+    ]
     lines = []
-    measured = [row for row in all_rows if "multi_news" in row.get("tasks", {})]
-    for row in sorted(measured, key=lambda row: row["bits_per_value"]):
+    for row in sorted(measured, key=lambda row: (order[row["model"]], row["bits_per_value"])):
         task = row["tasks"]["multi_news"]
         difference = f"{task['score_difference']:+.3f} ± {task['score_difference_stderr']:.3f}"
         scores = f"{task['score']:.3f}", f"{task['baseline_score']:.3f}", difference
-        lines.append([*system_and_setting(row["method"]), f"{row['bits_per_value']:.2f}", *scores])
+        method = *system_and_setting(row["method"]), GRID_MODELS[row["model"]]
+        bits = f"{row['bits_per_value']:.2f}", f"{row['bits_per_value_total']:.2f}"
+        lines.append([*method, *bits, *scores, devices[row["device"]]])
     first = measured[0]
     return table(
-        ["system", "setting", "bits per value", "ROUGE-L", "exact cache's", "difference"],
+        [
+            *("system", "setting", "model", "bits per value", "with exact tokens"),
+            *("ROUGE-L", "exact cache's", "difference", "on"),
+        ],
         lines,
-        f"SmolLM2-135M-Instruct, LongBench's multi_news through {first['harness']}: {first['samples']} "
-        f"articles, {first['tokens']:,} tokens in all, answers of up to 512 tokens. Differences ± standard "
-        f"error. {first['dtype']}, {content['device']}.",
+        f"LongBench's multi_news through {first['harness']}: {first['samples']} articles, answers of up to "
+        f"512 tokens; SmolLM2 is asked in its chat template, Gemma 3 has none. The exact cache's score was taken "
+        f"in the same run; between runs it differs by what batches and devices do to bfloat16. Differences ± "
+        f"standard error. {first['dtype']}, {fast['device']} or {slow['device']}.",
     )
 
 
