@@ -127,9 +127,9 @@ def multi_news() -> str:
         ],
         lines,
         f"LongBench's multi_news through {first['harness']}: {first['samples']} articles, answers of up to "
-        f"512 tokens; SmolLM2 is asked in its chat template, Gemma 3 has none. The exact cache's score was taken "
-        f"in the same run; between runs it differs by what batches and devices do to bfloat16. Differences ± "
-        f"standard error. {first['dtype']}, {fast['device']} or {slow['device']}.",
+        f"512 tokens; SmolLM2 is asked in its chat template, Gemma 3 has none. The exact cache's score was "
+        f"taken in the same run; between runs it differs by what batches and devices do to bfloat16. "
+        f"Differences ± standard error. {first['dtype']}, {fast['device']} or {slow['device']}.",
     )
 
 

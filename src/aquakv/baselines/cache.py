@@ -23,7 +23,32 @@ if TYPE_CHECKING:
     from aquakv.baselines.base import Baseline
 
 
-class BaselineCache(Cache):
+class ObservingCache(Cache):
+    """What competitors' caches share of hearing of forward passes (`aquakv.models.hooks`)."""
+
+    _adapter: ModelAdapter
+    _in_forward: bool
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder stack whose forward passes concern this cache."""
+        return self._adapter.decoder
+
+    @property
+    def watcher(self) -> None:
+        """Nobody wants to see queries."""
+        return None
+
+    def _require_forward(self) -> None:
+        """Raise `CacheStateError` outside a forward pass of the cache's model."""
+        if not self._in_forward:
+            raise CacheStateError(
+                "the cache was updated outside a forward pass of the model that it was built for; expected a "
+                f"{self._adapter.name} forward pass with past_key_values=cache"
+            )
+
+
+class BaselineCache(ObservingCache):
     """A competitor's cache for ``model(past_key_values=…)`` and ``model.generate``.
 
     What is compressed is held as packed codes, and what attention sees of it is decoded from them. It is kept
@@ -45,7 +70,7 @@ class BaselineCache(Cache):
 
     def __init__(self, model: PreTrainedModel, baseline: Baseline) -> None:
         self.baseline = baseline
-        self._adapter: ModelAdapter = ModelHooks.acquire(model, self)
+        self._adapter = ModelHooks.acquire(model, self)
         self._frequencies = 0
         self._in_forward = False
         self._tables: dict[tuple[str, int, int, int], RotaryTables] = {}
@@ -86,11 +111,6 @@ class BaselineCache(Cache):
 
     # --- what the hooks report -------------------------------------------------------------------------
 
-    @property
-    def decoder(self) -> nn.Module:
-        """The decoder stack whose forward passes concern this cache."""
-        return self._adapter.decoder
-
     def forward_begins(self, attention_mask: Any) -> None:
         """Check the mask of a forward pass (called by the model's hooks).
 
@@ -110,11 +130,6 @@ class BaselineCache(Cache):
             )
         self._tables.clear()
         self._in_forward = True
-
-    @property
-    def watcher(self) -> None:
-        """Nobody wants to see queries."""
-        return None
 
     def mask_for_model(self, attention_mask: Any, inputs: Tensor) -> Any:
         """Return the caller's mask: nothing is evicted."""
@@ -162,11 +177,7 @@ class BaselineCache(Cache):
         CacheStateError
             The call does not come from a forward pass of the cache's model.
         """
-        if not self._in_forward:
-            raise CacheStateError(
-                "the cache was updated outside a forward pass of the model that it was built for; expected a "
-                f"{self._adapter.name} forward pass with past_key_values=cache"
-            )
+        self._require_forward()
         if key_states.requires_grad or value_states.requires_grad:
             raise CacheStateError("the cache is for inference; run the model under torch.no_grad()")
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)

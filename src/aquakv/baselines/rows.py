@@ -7,12 +7,12 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from aquakv.baselines.cache import ObservingCache
 from aquakv.cache.footprint import Footprint
 from aquakv.errors import CacheStateError
-from aquakv.models.adapter import ModelAdapter
 from aquakv.models.hooks import ForwardObserver, ModelHooks
 from aquakv.models.uncompiled import uncompiled
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aquakv.baselines.base import Baseline
 
 
-class RowsCache(Cache):
+class RowsCache(ObservingCache):
     """A cache for a batch that is padded on the left, in which every row has a competitor's cache of its own.
 
     Each holds its row's tokens and no padding, so that groups of tokens, windows and sizes are what they are
@@ -42,7 +42,7 @@ class RowsCache(Cache):
 
     def __init__(self, model: PreTrainedModel, baseline: Baseline) -> None:
         self.baseline = baseline
-        self._adapter: ModelAdapter = ModelHooks.acquire(model, self)
+        self._adapter = ModelHooks.acquire(model, self)
         self._spare: Cache | None = baseline.cache(model)  # raises now what it raises
         self._rows: list[Cache] = []
         self._held: list[int] = []
@@ -53,16 +53,6 @@ class RowsCache(Cache):
         super().__init__(layers=self._adapter.exact_layers())
 
     # --- what the hooks report -------------------------------------------------------------------------
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The decoder stack whose forward passes concern this cache."""
-        return self._adapter.decoder
-
-    @property
-    def watcher(self) -> None:
-        """Nobody wants to see queries."""
-        return None
 
     def forward_begins(self, attention_mask: Any) -> None:
         """Learn that a forward pass begins (called by the model's hooks)."""
@@ -149,11 +139,7 @@ class RowsCache(Cache):
         CacheStateError
             The call does not come from a forward pass of the cache's model.
         """
-        if not self._in_forward:
-            raise CacheStateError(
-                "the cache was updated outside a forward pass of the model that it was built for; expected a "
-                f"{self._adapter.name} forward pass with past_key_values=cache"
-            )
+        self._require_forward()
         column = key_states[:, :1, :, :1]
         counted, _ = super().update(column, column, layer_idx)
         shape = (*key_states.shape[:2], counted.shape[2], key_states.shape[3])
