@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -239,6 +241,26 @@ def test_padded_rows_are_what_they_are_alone(name, kind):
     assert footprint.total_bytes == sum(each.total_bytes for each in alone)
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_caches_leave_at_once_without_the_garbage_collector(name):
+    model, tokens = shared("llama"), random_tokens(2, 50)
+    gc.disable()
+    try:
+        for make in (method(name).cache, functools.partial(RowsCache, baseline=method(name))):
+            cache = make(model)
+            feed(model, cache, tokens, [50])
+            gone = weakref.ref(cache)
+            del cache
+            assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_rows_share_kvtcs_bases():
+    one, device = method("kvtc"), torch.device("meta")
+    assert one.transforms_on(device)[0] is one.transforms_on(device)[0]
+
+
 def test_what_rows_refuse():
     model, tokens = shared("llama"), random_tokens(2, 20)
     mask = torch.ones(2, 20, dtype=torch.int64)
@@ -252,7 +274,24 @@ def test_what_rows_refuse():
         model(tokens, attention_mask=mask, past_key_values=cache)
     with pytest.raises(CacheStateError, match="outside a forward pass"):
         cache.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8), 0)
-    for refused in (lambda: cache.crop(-1), lambda: cache.reorder_cache(torch.tensor([1, 0]))):
+    # What was refused has changed nothing.
+    right = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(tokens, attention_mask=mask, position_ids=right, past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    step = {"attention_mask": longer, "position_ids": torch.tensor([[11], [20]]), "past_key_values": cache}
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), torch.no_grad():
+        model(tokens[:, :1], **step)
+    hook.remove()
+    with pytest.raises(CacheStateError, match="stopped halfway"), torch.no_grad():
+        model(tokens[:, :1], **step)
+    for refused in (
+        lambda: cache.crop(-1),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: copy.deepcopy(cache),
+    ):
         with pytest.raises(CacheStateError, match="run rows one by one"):
             refused()
 

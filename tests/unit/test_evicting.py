@@ -282,6 +282,17 @@ def test_bytes_go_with_the_tokens(name):
     feed(shared(), cache, random_tokens(2, 30, seed=2), [30])
 
 
+def test_padding_is_not_counted_as_held():
+    cache, tokens = AquaCache(shared(), codec_for()), random_tokens(2, 60)
+    mask = _padded(2, 60, [0, 40])
+    feed(shared(), cache, tokens[:, :30], [30], mask[:, :30])  # of the second row nothing but padding
+    cache.evict(torch.arange(30) >= 4)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, 30:]
+    with torch.no_grad():
+        shared()(tokens[:, 30:], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    assert cache.layout.held_tokens() == 60 - 4 + 20
+
+
 def test_records_shrink():
     cache = cache_of(shared(), codec_for("llama", "decode"))
     feed(shared(), cache, random_tokens(2, 200), [199, 1])

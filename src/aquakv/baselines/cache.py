@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -80,10 +81,12 @@ class BaselineCache(ObservingCache):
         super().__init__(layers=self.layers)
 
     def _layer(self, order: int, index: int) -> BaselineLayer:
+        cache = weakref.proxy(self)  # no cycle: what is kept decoded goes with the cache
+
         def turned(states: Tensor, first: int, turn: Any) -> Tensor:
-            if not self.baseline.pre_rope:
+            if not cache.baseline.pre_rope:
                 return states
-            tables = self._rotary(index, first, states)
+            tables = cache._rotary(index, first, states)
             return turn(states.flatten(0, 1), tables).view(states.shape)
 
         return BaselineLayer(

@@ -185,6 +185,17 @@ class Kvtc(Baseline):
         keys, values = (part.transform(self.bits) for part in self.fitted)
         return keys, values
 
+    @cached_property
+    def _moved(self) -> dict[torch.device, tuple[Transform, Transform]]:
+        return {}
+
+    def transforms_on(self, device: torch.device) -> tuple[Transform, Transform]:
+        """Return `transforms` on a device, where all caches share them."""
+        if device not in self._moved:
+            keys, values = self.transforms
+            self._moved[device] = keys.to(device), values.to(device)
+        return self._moved[device]
+
     @property
     def table_bytes(self) -> int:
         """Bytes of the means and of the components that are stored."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +21,7 @@ from aquakv.cache.records import storage_bytes
 from aquakv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from aquakv.baselines.kvtc import CodedBlock, Kvtc, Transform
+    from aquakv.baselines.kvtc import CodedBlock, Kvtc
 
 
 class KvtcLayer(BaselineLayer):
@@ -51,23 +52,24 @@ class KvtcCache(BaselineCache):
     """
 
     def __init__(self, model: PreTrainedModel, method: Kvtc) -> None:
-        self._transforms = method.transforms
+        self._method = method
         self._blocks: tuple[list[list[CodedBlock]], list[list[CodedBlock]]] = ([], [])
         # What blocks were decoded to, with the blocks themselves, by side.
         self._decoded: dict[int, tuple[list[list[CodedBlock]], Tensor]] = {}
         super().__init__(model, method)
         self._features = self._adapter.features
         expected = self._features * len(self._adapter.compressed_layers)
-        if len(self._transforms[0].mean) != expected:
+        fitted = len(method.transforms[0].mean)
+        if fitted != expected:
             raise ConfigError(
-                f"baseline kvtc: fitted for {len(self._transforms[0].mean)} features, but the model has "
-                f"{expected}; fit it anew"
+                f"baseline kvtc: fitted for {fitted} features, but the model has {expected}; fit it anew"
             )
 
     def _layer(self, order: int, index: int) -> BaselineLayer:
         plain = super()._layer(order, index)
         layer = KvtcLayer(plain.windows, None, plain.at_once, plain.unturn, plain.turn)
-        layer.stored = lambda side: self._stored(side, order)
+        cache = weakref.proxy(self)  # no cycle: what is kept decoded goes with the cache
+        layer.stored = lambda side: cache._stored(side, order)
         return layer
 
     def _stored(self, side: int, order: int) -> Tensor | None:
@@ -83,7 +85,7 @@ class KvtcCache(BaselineCache):
         known, states = self._decoded.get(side, ([], None))
         if not all(map(operator.is_, itertools.chain(*known), itertools.chain(*blocks))):
             known, states = [], None
-        transform = self._on_device(side, blocks[0][0].scales.device)
+        transform = self._method.transforms_on(blocks[0][0].scales.device)[side]
         new = [torch.stack([transform.decode(one) for one in rows], 1) for rows in blocks[len(known) :]]
         if new:
             states = torch.cat(new if states is None else [states, *new])
@@ -100,17 +102,11 @@ class KvtcCache(BaselineCache):
             self._compress()
         return everything
 
-    def _on_device(self, side: int, device: torch.device) -> Transform:
-        if self._transforms[side].basis.device != device:  # too large to be moved at every step
-            moved = [transform.to(device) for transform in self._transforms]
-            self._transforms = moved[0], moved[1]
-        return self._transforms[side]
-
     def _compress(self) -> None:
         block = self.baseline.windows[0].block_tokens
         while self.compressed[0].sides[0].due():
             for side in (0, 1):
-                transform = self._on_device(side, self.compressed[-1].device)
+                transform = self._method.transforms_on(self.compressed[-1].device)[side]
                 taken = [layer.taken(layer.sides[side], block).flatten(2) for layer in self.compressed]
                 taken = [states.to(self.compressed[-1].device) for states in taken]
                 vectors = torch.cat(taken, 2)  # [tokens, rows, features of all layers]

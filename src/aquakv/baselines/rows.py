@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class RowsCache(ObservingCache):
     """A cache for a batch that is padded on the left, in which every row has a competitor's cache of its own.
 
-    Each holds its row's tokens and no padding, so that groups of tokens, windows and sizes are what they are
-    for the row alone. What they return is padded with zeros, which the attention mask hides, to the columns
-    that the model expects. Rows are neither reordered nor shortened.
+    Each holds its row's tokens and none of the padding before them, so that groups of tokens, windows and
+    sizes are what they are for the row alone. What they return is padded with zeros, which the attention mask
+    hides, to the columns that the model expects. Tokens that are fed behind a row's end are tokens to its
+    cache, as to others. Rows are neither reordered nor shortened nor copied.
 
     Parameters
     ----------
@@ -45,9 +46,10 @@ class RowsCache(ObservingCache):
         self._adapter = ModelHooks.acquire(model, self)
         self._spare: Cache | None = baseline.cache(model)  # raises now what it raises
         self._rows: list[Cache] = []
-        self._held: list[int] = []
-        self._new = 0  # columns of the present pass
-        self._pads: list[int] = []  # how many of them are padding
+        self._starts: list[int] = []  # each row's padding so far
+        self._starts_then: list[int] = []  # … with the present pass's
+        self._before, self._new = 0, 0  # columns before the present pass, and its own
+        self._pads: list[int] = []  # how many of its own are padding
         self._in_forward = False
         # They count columns: each holds one number of every token.
         super().__init__(layers=self._adapter.exact_layers())
@@ -57,6 +59,9 @@ class RowsCache(ObservingCache):
     def forward_begins(self, attention_mask: Any) -> None:
         """Learn that a forward pass begins (called by the model's hooks)."""
         self._in_forward = False
+        counting: list[Any] = self.layers
+        if len({layer.get_seq_length() for layer in counting}) > 1:
+            raise CacheStateError("an earlier forward pass stopped halfway; call reset() first")
 
     def mask_for_model(self, attention_mask: Any, inputs: Tensor) -> Any:
         """Note how many of the new tokens are padding, row by row; return the caller's mask.
@@ -79,17 +84,16 @@ class RowsCache(ObservingCache):
             )
         seen = mask.ne(0).int().cpu()
         pads = columns + new - seen.sum(1)
-        held = (columns - pads).clamp(min=0).tolist()
-        if bool(seen.diff(dim=1).lt(0).any()) or held != (self._held or [0] * rows):
+        same = pads.clamp(max=columns).tolist() == (self._starts or [0] * rows)
+        if bool(seen.diff(dim=1).lt(0).any()) or not same:
             raise CacheStateError(
                 "competitors' caches take padding on the left only, and the same in every pass; got a mask "
                 "that hides tokens behind a row's first one"
             )
         if not self._rows:
             self._rows = [self._fresh() for _ in range(rows)]
-            self._held = [0] * rows
-        self._pads = (pads - columns).clamp(min=0).tolist()
-        self._new = new
+        self._starts_then, self._pads = pads.tolist(), (pads - columns).clamp(min=0).tolist()
+        self._before, self._new = columns, new
         for cache in self._fed(ForwardObserver):
             cache.forward_begins(None)
         self._in_forward = True
@@ -107,7 +111,8 @@ class RowsCache(ObservingCache):
         if self._in_forward:
             for cache in self._fed(ForwardObserver):
                 cache.forward_ends()
-            self._held = [held + self._new - pad for held, pad in zip(self._held, self._pads, strict=True)]
+            if self.get_seq_length() > self._before:  # else the pass was refused, and nothing has changed
+                self._starts = self._starts_then
         self._in_forward = False
 
     def _fresh(self) -> Cache:
@@ -158,7 +163,7 @@ class RowsCache(ObservingCache):
     def reset(self) -> None:
         """Drop everything."""
         super().reset()
-        self._rows, self._held, self._in_forward = [], [], False
+        self._rows, self._starts, self._in_forward = [], [], False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: rows are not shortened."""
@@ -175,6 +180,10 @@ class RowsCache(ObservingCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refuse: rows are not repeated."""
         self.batch_select_indices([])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Refuse: rows are not copied."""
+        raise CacheStateError("a competitor's cache of padded rows is not copied; run rows one by one")
 
     def footprint(self) -> Footprint:
         """Return the bytes that all rows' caches hold, by part."""

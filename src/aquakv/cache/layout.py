@@ -106,7 +106,8 @@ class TokenLayout:
         """Return the number of tokens held of all rows, without padding."""
         if self.holes is None:
             return sum(self.lengths())
-        return int((self.holes.origins >= 0).sum()) + self.rows * (self.columns - self.holes.slots)
+        behind = sum(self.columns - max(start, self.holes.slots) for start in self.starts)
+        return int((self.holes.origins >= 0).sum()) + behind
 
     def lengths(self) -> list[int]:
         """Return the number of real tokens of each row."""
