@@ -40,6 +40,12 @@ class ObservingCache(Cache):
         """Nobody wants to see queries."""
         return None
 
+    def _require_whole(self) -> None:
+        """Raise `CacheStateError` if an earlier pass stopped halfway: layers hold different tokens then."""
+        layers: list[Any] = self.layers
+        if len({layer.get_seq_length() for layer in layers}) > 1:
+            raise CacheStateError("an earlier forward pass stopped halfway; call reset() first")
+
     def _require_forward(self) -> None:
         """Raise `CacheStateError` outside a forward pass of the cache's model."""
         if not self._in_forward:
@@ -122,8 +128,7 @@ class BaselineCache(ObservingCache):
         CacheStateError
             There is padding, or a mask of another form; or an earlier pass stopped halfway.
         """
-        if len({layer.get_seq_length() for layer in self.layers}) > 1:
-            raise CacheStateError("an earlier forward pass stopped halfway; call reset() first")
+        self._require_whole()
         if isinstance(attention_mask, Tensor) and (
             attention_mask.ndim != 2 or not bool(attention_mask.ne(0).all())
         ):

@@ -59,9 +59,7 @@ class RowsCache(ObservingCache):
     def forward_begins(self, attention_mask: Any) -> None:
         """Learn that a forward pass begins (called by the model's hooks)."""
         self._in_forward = False
-        counting: list[Any] = self.layers
-        if len({layer.get_seq_length() for layer in counting}) > 1:
-            raise CacheStateError("an earlier forward pass stopped halfway; call reset() first")
+        self._require_whole()
 
     def mask_for_model(self, attention_mask: Any, inputs: Tensor) -> Any:
         """Note how many of the new tokens are padding, row by row; return the caller's mask.
