@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -135,6 +136,7 @@ def held_fields(cache: AquaCache) -> dict[str, Any]:
     return {
         "held_bytes": footprint.total_bytes,
         "spare_bytes": footprint.spare_bytes,
+        "latent_bytes": footprint.latent_bytes,
         "bits_per_value": footprint.bits_per_value,
     }
 
@@ -147,12 +149,13 @@ def coded_row(
     context: int,
     graph: bool,
     backend: Any,
+    keep: bool,
     steps: int | None = None,
 ) -> dict[str, Any]:
     """Time `AquaCache` from one compression to the next, and what it takes to make room for more of them."""
     if steps is not None:
-        return few_steps_row(model, name, codec, rows, context, graph, backend, steps)
-    cache = filled_cache(model, codec, rows, context, backend)
+        return few_steps_row(model, name, codec, rows, context, graph, backend, keep, steps)
+    cache = filled_cache(model, codec, rows, context, backend, keep_latents=keep)
     step = decode_step(model, cache, DecodeGraph(model, cache) if graph else None)
 
     def to_next_block() -> list[float]:
@@ -199,6 +202,7 @@ def few_steps_row(
     context: int,
     graph: bool,
     backend: Any,
+    keep: bool,
     steps: int,
 ) -> dict[str, Any]:
     """Time a step that compresses and makes room, a capture and a few repeated steps."""
@@ -207,7 +211,7 @@ def few_steps_row(
     first = WINDOW.sink_tokens + (context + 1 - WINDOW.sink_tokens) // block * block - 1
 
     def first_steps() -> tuple[AquaCache, Step, Peak, float, float]:
-        cache = filled_cache(model, codec, rows, first, backend)
+        cache = filled_cache(model, codec, rows, first, backend, keep_latents=keep)
         step = decode_step(model, cache, DecodeGraph(model, cache) if graph else None)
         peak = Peak(model)
         return cache, step, peak, timed(step, model.device)[0], timed(step, model.device)[0]
@@ -230,11 +234,14 @@ def few_steps_row(
     }
 
 
-def largest_difference(model: LlamaForCausalLM, codec: ModelCodec, backend: Any) -> float:
-    """Return how far graphs and the model's own passes are apart, over the largest logit, past a block."""
+def largest_difference(model: LlamaForCausalLM, codec: ModelCodec, backend: Any, keep: bool) -> float:
+    """Return how far graphs and the model's own passes are apart, over the largest logit, past a block.
+
+    With ``keep`` the graph's cache keeps its latents.
+    """
     first = WINDOW.sink_tokens + 5 * WINDOW.block_tokens - 8
     tokens = torch.randint(1, 300, (2, 16), device=model.device)
-    caches = [filled_cache(model, codec, 2, first, backend) for _ in range(2)]
+    caches = [filled_cache(model, codec, 2, first, backend, keep_latents=kept) for kept in (keep, False)]
     graph, worst = DecodeGraph(model, caches[0]), 0.0
     for column in range(tokens.shape[1]):
         token = tokens[:, column : column + 1]
@@ -243,6 +250,11 @@ def largest_difference(model: LlamaForCausalLM, codec: ModelCodec, backend: Any)
         theirs = model(input_ids=token, position_ids=positions, past_key_values=caches[1]).logits
         worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
     return worst
+
+
+def keeping(options: Any) -> list[bool]:
+    """Return whether caches keep latents: each way that is to be timed."""
+    return [False, True] if options.keep_latents else [False]
 
 
 def attempt(make: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
@@ -283,10 +295,10 @@ def measure(
             name = kind + suffix
             row = attempt(functools.partial(exact, name, build, graph), name)
             found.append(row | {"setting": ""})
-        for setting, codec in codecs.items():
-            name = "AquaCache" + suffix
+        for (setting, codec), keep in itertools.product(codecs.items(), keeping(options)):
+            name = "AquaCache" + (", latents kept" if keep else "") + suffix
             call = functools.partial(
-                coded_row, model, name, codec, rows, context, graph, backend, options.steps
+                coded_row, model, name, codec, rows, context, graph, backend, keep, options.steps
             )
             found.append(attempt(call, name) | {"setting": setting})
     exact_ms = found[0].get("mean_ms")
@@ -310,6 +322,7 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=48)
     parser.add_argument("--steps", type=int, help="time only so many repeated steps, not a whole block")
     parser.add_argument("--static", action="store_true", help="also time transformers' StaticCache")
+    parser.add_argument("--keep-latents", action="store_true", help="also time caches that keep latents")
     parser.add_argument("--eager", action="store_true", help="also time steps without a graph")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -320,7 +333,8 @@ def main() -> None:
     codecs = {name: random_codec(model, *SETTINGS[name], random) for name in options.settings}
     difference = None
     if on_gpu:
-        difference = max(largest_difference(model, codec, "auto") for codec in codecs.values())
+        cases = itertools.product(codecs.values(), keeping(options))
+        difference = max(largest_difference(model, codec, "auto", keep) for codec, keep in cases)
         print(f"graph against forward passes: {difference:.1e}", flush=True)
         if not difference < TOLERANCE:
             sys.exit("end_to_end: wrong results: no times are taken")
@@ -335,7 +349,7 @@ def main() -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['shape']:12} {row['contestant']:26} {row['setting']:18}"
+    head = f"{row['shape']:12} {row['contestant']:31} {row['setting']:18}"
     if "mean_ms" not in row:
         return f"{head} out of memory"
     line = f"{head} {row['median_ms']:8.2f} ms, mean {row['mean_ms']:8.2f}"

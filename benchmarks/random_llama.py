@@ -114,10 +114,17 @@ def random_codec(
 
 
 def filled_cache(
-    model: LlamaForCausalLM, codec: ModelCodec, rows: int, context: int, backend: Any, seed: int = 0
+    model: LlamaForCausalLM,
+    codec: ModelCodec,
+    rows: int,
+    context: int,
+    backend: Any,
+    seed: int = 0,
+    keep_latents: bool = False,
 ) -> AquaCache:
     """Return a cache that holds random codes, as if ``context`` tokens of every row had been fed."""
-    cache, device, dtype = AquaCache(model, codec, window=WINDOW, backend=backend), model.device, model.dtype
+    device, dtype = model.device, model.dtype
+    cache = AquaCache(model, codec, window=WINDOW, backend=backend, keep_latents=keep_latents)
     random = torch.Generator(device=device).manual_seed(seed)
     layout, block = cache.layout, WINDOW.block_tokens
     layout.append(context, torch.arange(context, device=device)[None], None, rows)

@@ -8,7 +8,7 @@ import torch
 from decode_cases import SHAPES, Shape, dense, make_case
 
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.kernels import attend_codes
+from aquakv.kernels import attend_codes, carry_latents
 from aquakv.kernels.backend import _auto
 from aquakv.kernels.scores import scores
 
@@ -41,6 +41,18 @@ def test_definitions_equal_reconstruction(name):
             seen = case.scales[0, row, :length] != 255
             own = got.next_latents[row, :length, : case.shape.next_rank]
             close(own[seen], expected.next_latents[row][seen])
+    alone = attend_codes(query, codes, latents, operands, rotary, carry=False, **options)
+    assert torch.equal(alone.out, got.out)
+    assert alone.next_latents is None
+    if got.next_latents is None:
+        with pytest.raises(ShapeError, match="next latents"):
+            carry_latents(codes, latents, operands, rotary)
+    else:
+        carried = carry_latents(codes, latents, operands, rotary)
+        for row, length in enumerate(case.shape.lengths):  # what is beyond is arbitrary
+            torch.testing.assert_close(
+                carried[row, :length], got.next_latents[row, :length], rtol=0, atol=0, equal_nan=True
+            )
 
 
 def test_no_records_at_all():
@@ -93,6 +105,8 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch):
     arguments = (case.query, case.codes(), latents, operands, case.rotary(torch.float16))
     with pytest.raises(ConfigError, match="backend triton: "):
         attend_codes(*arguments, scaling=1.0, backend="triton")
+    with pytest.raises(ConfigError, match="backend hopper: "):
+        carry_latents(*arguments[1:], backend="hopper")
     with pytest.raises(ConfigError, match="expected one of auto, torch, triton"):
         attend_codes(*arguments, scaling=1.0, backend="cuda")  # pyright: ignore[reportArgumentType]
 

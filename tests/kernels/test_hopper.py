@@ -12,7 +12,7 @@ import torch
 from decode_cases import SHAPES, Shape, codes_to, make_case
 
 from aquakv.errors import ConfigError
-from aquakv.kernels import attend_codes, hopper
+from aquakv.kernels import attend_codes, carry_latents, hopper
 from aquakv.kernels.hopper.compiler import compile_source, nvrtc_path, source_of
 from aquakv.kernels.hopper.operands import (
     SCALE_ROOM,
@@ -356,13 +356,17 @@ def test_what_steps_share(monkeypatch, capturing):
     )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     step = step_of(make_case(FITTING["plain"]))
-    results = [hopper.attend(*step, 0.5, None) for _ in range(2)]
+    results = [hopper.attend(*step, 0.5, None, True) for _ in range(2)]
     assert results == [(6, 7, 3)] * 2
     assert [name for name, _ in calls] == ["scores", "code_sums", "combine", "next_latents"] * 2
     (first, turns), (second, again) = (call[1][5:7] for call in calls[::4])
     assert first is second
     assert (turns is again) != capturing
     assert torch.equal(turns, again)
+    assert hopper.attend(*step, 0.5, None, False) == (6, 7, None)
+    assert hopper.carry(*step[1:]) == 3
+    assert [name for name, _ in calls[8:]] == ["scores", "code_sums", "combine", "next_latents"]
+    assert calls[-1][1][4] is first  # arguments: pages, table, lengths, latents, operands
 
 
 @pytest.mark.skipif(nvrtc_path() is None, reason="needs NVRTC")
@@ -453,6 +457,14 @@ def test_steps_equal_the_definition(name, dtype):
             if length:
                 part = got.next_latents[row, :length], expected.next_latents[row, :length]
                 assert relative_error(*part) < TOLERANCE
+        carried = carry_latents(*rest, backend="hopper")
+        for row, length in enumerate(case.shape.lengths):
+            torch.testing.assert_close(
+                carried[row, :length], got.next_latents[row, :length], rtol=0, atol=0, equal_nan=True
+            )
+    alone = attend_codes(query, *rest, **options, carry=False, backend="hopper")
+    assert alone.next_latents is None
+    assert torch.equal(alone.out, got.out)
     # Once more: counters are as they were, and nothing depends on chance.
     again = attend_codes(query, *rest, **options, backend="hopper")
     assert torch.equal(again.out, got.out)

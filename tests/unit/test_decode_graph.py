@@ -1,6 +1,7 @@
 """Steps that a graph repeats give what the model's own forward passes give, bit for bit."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -108,11 +109,12 @@ def same_state(one, other):
         assert torch.equal(ours.exact.tail_values, theirs.exact.tail_values)
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize(("kind", "name"), [("llama", "decode"), ("qwen3", "guarded")])
-def test_replays_are_forward_passes(kind, name):
+def test_replays_are_forward_passes(kind, name, kept):
     model, codec = shared(kind), codec_named(name, kind)
     tokens = random_tokens(2, 200, seed=4)
-    eager, ours = cache_of(model, codec), cache_of(model, codec)
+    eager, ours = cache_of(model, codec), cache_of(model, codec, keep_latents=kept)
     expected = feed(model, eager, tokens, [115, *[1] * 85])
     recorded = Recorded()
     graph = DecodeGraph(model, ours, capture=recorded)
@@ -122,15 +124,17 @@ def test_replays_are_forward_passes(kind, name):
     # Only the first is the model's own. Columns 130 and 194 make a block due, to be compressed behind them.
     assert recorded.captures == 1
     assert recorded.replays == 85 - 1
-    assert ours.footprint() == eager.footprint()
+    held = ours.footprint()
+    assert (held.latent_bytes > 0) == kept
+    assert dataclasses.replace(held, latent_bytes=0) == eager.footprint()
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_left_padding(given):
+@pytest.mark.parametrize(("given", "kept"), [(True, True), (False, False)])
+def test_left_padding(given, kept):
     """Rows with two, one and no compressed pages; one has yet to fill its sinks."""
     model, codec, pads = shared("llama"), codec_named("guarded"), (0, 60, 99, 140)
     tokens, mask, positions = padded(200, pads)
-    eager, ours = cache_of(model, codec), cache_of(model, codec)
+    eager, ours = cache_of(model, codec), cache_of(model, codec, keep_latents=kept)
     expected = feed(model, eager, tokens, [141, *[1] * 59], mask)
     recorded = Recorded()
     graph = DecodeGraph(model, ours, capture=recorded)
@@ -182,11 +186,12 @@ def test_generation(settings):
         assert recorded.replays > 30
 
 
-def test_what_comes_between(monkeypatch):
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_comes_between(kept):
     """A graph is not repeated once anything that it rests on has changed."""
     model, codec = shared("llama"), codec_named("guarded")
     tokens, recorded = random_tokens(2, 128, seed=3), Recorded()
-    ours, eager = cache_of(model, codec), cache_of(model, codec)
+    ours, eager = cache_of(model, codec, keep_latents=kept), cache_of(model, codec)
     graph = DecodeGraph(model, ours, capture=recorded)
 
     def both(columns, change=None):
@@ -244,7 +249,7 @@ def test_one_graph_for_many_blocks(name, pads, masked, more, monkeypatch):
     model, codec = shared("llama"), codec_named(name)
     steps = 64 * more + 10
     tokens, mask, positions = padded(130 + steps, pads)
-    eager, ours = cache_of(model, codec), cache_of(model, codec)
+    eager, ours = cache_of(model, codec), cache_of(model, codec, keep_latents=masked)
     expected = feed(model, eager, tokens, [130, *[1] * steps], mask)
     feed(model, ours, tokens[:, :130], [130], mask[:, :130])
     recorded = Recorded()
@@ -478,14 +483,16 @@ def on_gpu(test):
 
 @on_gpu
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("pads", [(0,), (0, 60, 131)])
-def test_a_cuda_graph_is_the_forward_passes(pads, dtype, backend):
+def test_a_cuda_graph_is_the_forward_passes(pads, dtype, kept, backend):
     plain, codec = wide()
     model = copy.deepcopy(plain).to("cuda", dtype)
     tokens, mask, _ = padded(440, pads)
     tokens, mask = tokens.cuda(), mask.cuda()
-    eager, ours = (cache_of(model, codec, backend=backend) for _ in range(2))
+    eager, ours = (cache_of(model, codec, backend=backend, keep_latents=keep) for keep in (False, kept))
     expected = feed(model, eager, tokens, [140, *[1] * 300], mask)
     feed(model, ours, tokens[:, :140], [140], mask[:, :140])
     capture, captures = CudaCapture(torch.device("cuda", torch.cuda.current_device())), []

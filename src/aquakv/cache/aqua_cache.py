@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
+from aquakv.cache.kept_latents import KeptLatents
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels
 from aquakv.cache.pruning import Pruner
@@ -80,6 +81,10 @@ class AquaCache(RepeatingCache):
         Keep what codes were reconstructed to beside them, instead of reconstructing it in every pass: memory
         of an exact cache more, and steps nearly as fast as with one. For codes that cannot be attended to
         (``storage``) while a cache that was put aside is in use. `forget_decoded` frees that memory.
+    keep_latents
+        Keep every layer's latents beside the codes instead of making them anew in every step in which kernels
+        attend: rank × 16 bits a token and layer more (0.5 bits per value with rank 64 and 2 × 1024 values a
+        token), and less work in each step. Other passes do not use them.
 
     Raises
     ------
@@ -107,6 +112,7 @@ class AquaCache(RepeatingCache):
         backend: Backend = "auto",
         eviction: EvictionPolicy | None = None,
         keep_decoded: bool = False,
+        keep_latents: bool = False,
     ) -> None:
         name = "codec" if isinstance(codec, ModelCodec) else str(codec)
         self.codec = codec if isinstance(codec, ModelCodec) else ModelCodec.load(codec)
@@ -117,6 +123,7 @@ class AquaCache(RepeatingCache):
         if backend not in get_args(Backend):
             raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
         self._backend: Backend = backend
+        self._keep_latents = keep_latents
         if keep_decoded and attention == "fused":
             raise ConfigError("keep_decoded: fused attention decodes nothing; use attention general or auto")
         self._keep_decoded = keep_decoded
@@ -134,6 +141,11 @@ class AquaCache(RepeatingCache):
         self._broken = False
         self.eviction = eviction
         self._paged = self._fused and self._why_not_paged() is None
+        if keep_latents and not self._paged:
+            reason = (
+                self._why_not_paged() or "keys and values are reconstructed (attention general, or not sdpa)"
+            )
+            raise ConfigError(f"keep_latents: kernels cannot attend to this cache's codes: {reason}")
         self._build()
         super().__init__(layers=self.layers)
 
@@ -234,7 +246,7 @@ class AquaCache(RepeatingCache):
 
     def _forget_tables(self) -> None:
         """Drop what is kept for kernels, which is made anew from the layers and the layout."""
-        self._state = PagedState(self._backend)
+        self._state = PagedState(self._backend, KeptLatents() if self._keep_latents else None)
         self._steady: Steady | None = None
 
     @contextmanager
@@ -469,6 +481,7 @@ class AquaCache(RepeatingCache):
         backend: Backend = "auto",
         eviction: EvictionPolicy | None = None,
         keep_decoded: bool = False,
+        keep_latents: bool = False,
     ) -> AquaCache:
         """Return a cache that goes on where a saved one was, on the devices of the model's layers.
 
@@ -481,7 +494,7 @@ class AquaCache(RepeatingCache):
         codec
             The codec that the cache was saved with, or the path of its file; None takes it from the cache
             file, if that has it.
-        attention, backend, eviction, keep_decoded
+        attention, backend, eviction, keep_decoded, keep_latents
             As for a new cache. What a policy had seen is not in the file.
 
         Raises
@@ -501,6 +514,7 @@ class AquaCache(RepeatingCache):
             backend=backend,
             eviction=eviction,
             keep_decoded=keep_decoded,
+            keep_latents=keep_latents,
         )
         saved.restore(cache._adapter, cache.layout, cache.layers)
         if cache.layout.positions is not None and cache.layout.columns:
@@ -541,6 +555,7 @@ class AquaCache(RepeatingCache):
             original_values=original_values,
             exact_cache_bytes=original_values * itemsize,
             decoded_bytes=decoded,
+            latent_bytes=0 if self._state.kept_latents is None else self._state.kept_latents.footprint(),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:
@@ -553,6 +568,7 @@ class AquaCache(RepeatingCache):
             attention=self._choice,
             backend=self._backend,
             keep_decoded=self._keep_decoded,
+            keep_latents=self._keep_latents,
         )
         other._pruner = copy.deepcopy(self._pruner, memo)
         other._frequencies = self._frequencies

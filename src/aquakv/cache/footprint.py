@@ -30,6 +30,9 @@ class Footprint:
         Layers that are not compressed (sliding windows).
     decoded_bytes
         What codes were decoded to, where a cache keeps that.
+    latent_bytes
+        Latents of compressed tokens, with room for more, where a cache keeps them; part of all that is held,
+        but not counted with the compressed region, whose codes they follow from.
     coded_values
         Key and value entries that the compressed region stands for.
     total_values
@@ -53,6 +56,7 @@ class Footprint:
     original_values: int
     exact_cache_bytes: int
     decoded_bytes: int = 0
+    latent_bytes: int = 0
 
     @property
     def coded_bytes(self) -> int:
@@ -67,7 +71,7 @@ class Footprint:
     @property
     def held_bytes(self) -> int:
         """Bytes that the compressed layers hold, without what they keep decoded."""
-        return self.coded_bytes + self.spare_bytes + self.sink_bytes + self.tail_bytes
+        return self.coded_bytes + self.latent_bytes + self.spare_bytes + self.sink_bytes + self.tail_bytes
 
     @property
     def bits_per_value(self) -> float | None:
@@ -100,10 +104,11 @@ class Footprint:
         if self.bits_per_value is not None:
             bits = f"{self.bits_per_value:.3f} bits per value"
         exact_tokens = self.sink_bytes + self.tail_bytes
+        latents = f", latents {self.latent_bytes / 2**20:.2f}" if self.latent_bytes else ""
         decoded = f", kept decoded {self.decoded_bytes / 2**20:.2f}" if self.decoded_bytes else ""
         return (
             f"{self.total_bytes / 2**20:.2f} MiB (codes {self.code_bytes / 2**20:.2f}, scales "
             f"{self.scale_bytes / 2**20:.2f}, outliers {self.outlier_bytes / 2**20:.2f}, room for more "
-            f"{self.spare_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}{decoded}; "
+            f"{self.spare_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}{latents}{decoded}; "
             f"{bits}); an exact cache holds {self.exact_cache_bytes / 2**20:.2f} MiB"
         )

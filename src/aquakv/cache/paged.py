@@ -13,17 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aquakv.cache.kept_latents import CodedLayer, KeptLatents
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.outlier_rows import Taken
 from aquakv.cache.paged_state import PagedState
 from aquakv.cache.records import Chunk, Records
 from aquakv.cache.step import CodesStep
 from aquakv.cache.storage import CodedPages, ExactTokens
-from aquakv.cache.tables import ExactPlaces
+from aquakv.cache.tables import ExactPlaces, PageTables
 from aquakv.codec import LayerCodec, ModelCodec
 from aquakv.codec.guard import which_are_outliers
 from aquakv.config import GuardConfig
-from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, attend_codes
+from aquakv.kernels import DecodeOperands, PagedCodes, attend_codes
 from aquakv.kernels.backend import Backend, resolve_backend
 from aquakv.kernels.exact import HeldTokens, attend_exact
 from aquakv.kernels.from_codec import decode_operands
@@ -113,6 +114,7 @@ class PagedStep(CodesStep):
         super().__init__(adapter, layout, guard, columns_before, codec, tail_columns, mask)
         self.state = state
         self.latents: Tensor | None = None
+        self.kept: KeptLatents | None = None  # those that are kept, if they are current
         window = layout.window
         self._capacity = max(window.recent_window + window.block_tokens, tail_columns + 1)
         self._places: dict[torch.device, ExactPlaces] = {}
@@ -158,8 +160,9 @@ class PagedStep(CodesStep):
             self._seen[device] = tables.exact_seen(places, layout.window.sink_tokens)
             self._new[device] = places.new
         exact.add(self._new[device], key_states.transpose(1, 2), value_states.transpose(1, 2))
-        chosen = resolve_backend(self.state.backend, key_states, whole_step=True)
-        dtype = torch.float32 if chosen == "torch" else torch.float16
+        if self.next_layer == 0:
+            kept = self.state.kept_latents
+            self.kept = kept if kept is not None and kept.are_current(layout, tables.table) else None
         outliers = records.places
         rows = self.state.outliers(layout, layer_idx, records, tables, most)
         tail = exact.key_buffer, exact.value_buffer
@@ -175,16 +178,21 @@ class PagedStep(CodesStep):
             self._seen[device],
             None if rows is None else rows.present,
         )
-        view = PagedView(
-            self,
-            PagedCodes(records.keys, records.values, tables.table, tables.lengths),
-            operands_on(self._codec, self.next_layer, 2 * tables.rotary.page_cos.shape[-1], device, dtype),
-            tables.rotary,
-            held,
-            self.state.backend,
-        )
+        coded = self._coded_layer(self.next_layer, records, tables)
+        view = PagedView(self, self.next_layer, coded, held, self.state.backend)
         self._take_in(layer_idx, codec, pages, exact, exact.tail_keys, exact.tail_values)
         return view, view
+
+    def _coded_layer(self, order: int, records: Records, tables: PageTables) -> CodedLayer:
+        """Return what kernels need of a compressed layer's codes."""
+        device, rotary = records.keys.device, tables.rotary
+        chosen = resolve_backend(self.state.backend, records.keys, whole_step=True)
+        dtype = torch.float32 if chosen == "torch" else torch.float16
+        return CodedLayer(
+            PagedCodes(records.keys, records.values, tables.table, tables.lengths),
+            operands_on(self._codec, order, 2 * rotary.page_cos.shape[-1], device, dtype),
+            rotary,
+        )
 
     def compress_layer(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, exact: ExactTokens
@@ -251,12 +259,22 @@ class PagedStep(CodesStep):
         self._layers.append((layer_idx, keys.device, pages.records))
 
     def settle(self, tail_columns: int) -> None:
-        """Tell devices what was compressed, once all layers have attended.
+        """Tell devices what was compressed, once all layers have attended, and renew latents that are kept.
 
         ``tail_columns`` are held exactly after the pass.
         """
-        if not self.due:
-            return
+        if self.due:
+            self._tell_devices(tail_columns)
+        if self.state.kept_latents is not None and (self.due or self.kept is None):
+            layers = [
+                self._coded_layer(
+                    order, records, self.state.tables(self.layout, self.adapter, layer_idx, device, records)
+                )
+                for order, (layer_idx, device, records) in enumerate(self._layers)
+            ]
+            self.state.kept_latents.renew(self.layout, layers, self.state.backend)
+
+    def _tell_devices(self, tail_columns: int) -> None:
         most = self._guard.most(self.layout.window.block_tokens)
         if self._taken is not None:
             own = [(one.layer_idx, one.records) for one in self._encoded if one.excess is not None]
@@ -285,17 +303,18 @@ class PagedView:
     Attributes
     ----------
     step
-        The pass; it carries the latents from layer to layer.
-    codes, operands, rotary, backend
+        The pass; it carries the latents from layer to layer, unless it has kept ones.
+    order
+        Which of the compressed layers it is.
+    coded, backend
         For the kernels.
     held
         Sinks, the tail and its spare columns, outliers; and which of these are seen.
     """
 
     step: PagedStep
-    codes: PagedCodes
-    operands: DecodeOperands
-    rotary: PageRotary
+    order: int
+    coded: CodedLayer
     held: HeldTokens
     backend: Backend
 
@@ -303,23 +322,25 @@ class PagedView:
         self, query: Tensor, scaling: float, softcap: float | None = None, sink_logits: Tensor | None = None
     ) -> Tensor:
         """Attend to all tokens; parameters and result as for `CodedView.attend`, with one query a row."""
-        latents, asked = self.step.latents, query[:, :, 0]
-        coded = attend_codes(
+        asked, coded, kept = query[:, :, 0], self.coded, self.step.kept
+        latents = self.step.latents if kept is None else kept.at(self.order)
+        found = attend_codes(
             asked,
-            self.codes,
+            coded.codes,
             None if latents is None else latents.to(query.device),
-            self.operands,
-            self.rotary,
+            coded.operands,
+            coded.rotary,
             scaling=scaling,
             softcap=softcap,
+            carry=kept is None,
             backend=self.backend,
         )
-        self.step.latents = coded.next_latents
+        self.step.latents = found.next_latents
         return attend_exact(
             asked,
             self.held,
-            coded.out,
-            coded.lse,
+            found.out,
+            found.lse,
             scaling=scaling,
             softcap=softcap,
             sink_logits=sink_logits,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aquakv.cache.kept_latents import KeptLatents
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.outlier_rows import OutlierRows, Taken
 from aquakv.cache.records import Records, storage_bytes
@@ -48,10 +49,18 @@ class PagedState:
 
     It is brought up to date in place when pages are added, and made anew when rows are selected or there is
     no room.
+
+    Parameters
+    ----------
+    backend
+        What is to attend.
+    kept_latents
+        Where latents are kept; None makes them anew in every step.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, kept_latents: KeptLatents | None = None) -> None:
         self.backend: Backend = backend
+        self.kept_latents = kept_latents
         self._selections = 0
         self._tables: dict[torch.device, PageTables] = {}
         self._outliers: dict[int, OutlierRows] = {}
@@ -199,12 +208,16 @@ class PagedState:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What kernels read, with what they keep beside it."""
+        return *self._in_tables, *(() if self.kept_latents is None else self.kept_latents.tensors)
+
+    @property
+    def _in_tables(self) -> tuple[Tensor, ...]:
         parts = (*self._tables.values(), *self._outliers.values(), *self._places.values())
         return tuple(tensor for part in parts for tensor in part.tensors)
 
     def footprint(self) -> int:
-        """Return the bytes of all tables, room for more included."""
-        return storage_bytes(*self.tensors, *(tables.block_rows for tables in self._tables.values()))
+        """Return the bytes of all tables, room for more included; not those of latents."""
+        return storage_bytes(*self._in_tables, *(tables.block_rows for tables in self._tables.values()))
 
 
 def _sees_coded(layout: TokenLayout, mask: Tensor, starts: Tensor, coded: Tensor) -> Tensor:

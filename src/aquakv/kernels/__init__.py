@@ -1,7 +1,7 @@
 """Attention of one decode step straight on codes: neither keys nor values are ever reconstructed."""
 
 from aquakv.kernels.codes import PagedCodes
-from aquakv.kernels.decode import CodedAttention, attend_codes
+from aquakv.kernels.decode import CodedAttention, attend_codes, carry_latents
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.pages import (
     PAGE_TOKENS,
@@ -24,6 +24,7 @@ __all__ = [
     "PageRotary",
     "PagedCodes",
     "attend_codes",
+    "carry_latents",
     "clear_attended",
     "pack_pages",
     "pack_records",

@@ -13,10 +13,10 @@ from aquakv.kernels.codes import PagedCodes
 from aquakv.kernels.combine import combine
 from aquakv.kernels.operands import DecodeOperands
 from aquakv.kernels.rotary import PageRotary
-from aquakv.kernels.scores import check_step, next_latents, scores
+from aquakv.kernels.scores import check_carried, check_step, next_latents, scores
 from aquakv.kernels.weighted_code_sum import weighted_code_sum
 
-__all__ = ["CodedAttention", "DecodeOperands", "PageRotary", "PagedCodes", "attend_codes"]
+__all__ = ["CodedAttention", "DecodeOperands", "PageRotary", "PagedCodes", "attend_codes", "carry_latents"]
 
 
 class CodedAttention(NamedTuple):
@@ -29,7 +29,8 @@ class CodedAttention(NamedTuple):
     lse
         ``[rows, query_heads]`` float32: logarithm of the sum of the exponentials of their scores.
     next_latents
-        ``[rows, tokens, next_width]`` float16 for the layer after; None at the last layer.
+        ``[rows, tokens, next_width]`` float16 for the layer after; None at the last layer and where they
+        were not asked for.
     """
 
     out: Tensor
@@ -46,6 +47,7 @@ def attend_codes(
     *,
     scaling: float,
     softcap: float | None = None,
+    carry: bool = True,
     backend: Backend = "auto",
 ) -> CodedAttention:
     """Attend from one new token per row to a layer's coded tokens.
@@ -64,6 +66,8 @@ def attend_codes(
         The layer's operands (float16 for Triton); the rotary tables of the pages.
     scaling, softcap
         Scores are ``scaling * query · key``, then ``softcap * tanh(score / softcap)`` if it is given.
+    carry
+        Whether to return the next layer's latents; `carry_latents` returns them alone.
     backend
         ``auto`` is ``hopper`` on GPUs of that kind where it supports the layer, Triton on other GPUs and the
         plain-torch definition elsewhere.
@@ -80,13 +84,55 @@ def attend_codes(
         check_step(query, codes, latents, operands)
         reason = hopper.why_not(query, operands, rotary) if codes.pages else "expected pages, got none"
         if reason is None:
-            return CodedAttention(*hopper.attend(query, codes, latents, operands, rotary, scaling, softcap))
+            found = hopper.attend(query, codes, latents, operands, rotary, scaling, softcap, carry)
+            return CodedAttention(*found)
         if chosen == "hopper":
             raise ConfigError(f"backend hopper: {reason}; choose triton or auto")
     scored = scores(
         query, codes, latents, operands, rotary, scaling=scaling, softcap=softcap, backend=backend
     )
-    following = next_latents(codes, latents, operands, backend=backend) if operands.next_width else None
+    carries = carry and operands.next_width
+    following = next_latents(codes, latents, operands, backend=backend) if carries else None
     summed = weighted_code_sum(scored, codes, latents, operands, backend=backend)
     out, lse = combine(summed, scored.maxima, operands, backend=backend)
     return CodedAttention(out, lse, following)
+
+
+def carry_latents(
+    codes: PagedCodes,
+    latents: Tensor | None,
+    operands: DecodeOperands,
+    rotary: PageRotary,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return the next layer's latents, as `attend_codes` does, without attending.
+
+    They follow from a layer's latents and key codes alone, so they stay the same until pages change.
+
+    Parameters
+    ----------
+    codes, latents, operands, rotary, backend
+        As for `attend_codes`; the operands must have a next layer.
+
+    Returns
+    -------
+    Tensor
+        ``[rows, tokens, next_width]`` float16 (torch: float32); beyond a row's length arbitrary.
+
+    Raises
+    ------
+    ShapeError
+        A tensor does not fit the operands, or these have no next layer.
+    ConfigError
+        The backend cannot run here.
+    """
+    chosen = resolve_backend(backend, codes.key_pages, whole_step=True)
+    if chosen == "hopper" or (backend == "auto" and chosen == "triton"):
+        check_carried(codes, latents, operands)
+        reason = hopper.why_not_layer(operands, rotary) if codes.pages else "expected pages, got none"
+        if reason is None:
+            return hopper.carry(codes, latents, operands, rotary)
+        if chosen == "hopper":
+            raise ConfigError(f"backend hopper: {reason}; choose triton or auto")
+    return next_latents(codes, latents, operands, backend=backend)

@@ -32,6 +32,13 @@ def generate(
             help="Decode every code once and keep the result: fast, for the memory of an exact cache.",
         ),
     ] = False,
+    keep_latents: Annotated[
+        bool,
+        typer.Option(
+            "--keep-latents",
+            help="Keep latents beside the codes: faster steps on a GPU, for a little more memory.",
+        ),
+    ] = False,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
 ) -> None:
@@ -50,7 +57,7 @@ def generate(
         prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.model.device)
     options.require_length(int(inputs["input_ids"].shape[1]) + max_new_tokens, loaded)
-    cache = AquaCache(loaded.model, loaded_codec, keep_decoded=keep_decoded)
+    cache = AquaCache(loaded.model, loaded_codec, keep_decoded=keep_decoded, keep_latents=keep_latents)
     set_seed(seed)
     with torch.no_grad():
         model_: Any = loaded.model

@@ -45,7 +45,7 @@ def why_not_on(device: torch.device) -> str | None:
 
 def why_not(query: Tensor, operands: DecodeOperands, rotary: PageRotary) -> str | None:
     """Return why these kernels cannot take a step, or None."""
-    reason = why_not_on(query.device)
+    reason = why_not_layer(operands, rotary)
     if reason is not None:
         return reason
     group = query.shape[1] // operands.num_kv_heads
@@ -55,6 +55,14 @@ def why_not(query: Tensor, operands: DecodeOperands, rotary: PageRotary) -> str 
         return f"expected at most 64 query heads, got {query.shape[1]}"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected float32, float16 or bfloat16 queries, got {query.dtype}"
+    return None
+
+
+def why_not_layer(operands: DecodeOperands, rotary: PageRotary) -> str | None:
+    """Return why these kernels cannot run a layer where its operands are, or None."""
+    reason = why_not_on(operands.epilogue.device)
+    if reason is not None:
+        return reason
     if rotary.offset_cos.dtype != torch.float32:
         return f"expected float32 tables of offsets, got {rotary.offset_cos.dtype}"
     found = _arranged(operands, rotary)
@@ -69,6 +77,7 @@ def attend(
     rotary: PageRotary,
     scaling: float,
     softcap: float | None,
+    carry: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return output, log-sum-exp and next latents; see `aquakv.kernels.attend_codes`.
 
@@ -82,7 +91,7 @@ def attend(
     turns = _page_turns(arranged, rotary)
     with torch.cuda.device(query.device):
         pages = codes.key_pages, codes.table, codes.lengths
-        following = decode.empty_latents(codes.table, arranged) if operands.next_width else None
+        following = decode.empty_latents(codes.table, arranged) if carry and operands.next_width else None
         scored, maxima = decode.scores(query.contiguous(), *pages, latents, arranged, turns, scaling, softcap)
         means, totals = decode.code_sums(
             scored, maxima, codes.key_pages, codes.value_pages, codes.table, codes.lengths, latents, arranged
@@ -91,6 +100,16 @@ def attend(
         if following is not None:
             following = decode.next_latents(*pages, latents, arranged, following)
     return out, lse, following
+
+
+def carry(codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands, rotary: PageRotary) -> Tensor:
+    """Return next latents; see `aquakv.kernels.carry_latents`. `why_not_layer` must find nothing."""
+    arranged = _arranged(operands, rotary)
+    assert isinstance(arranged, HopperOperands)
+    if latents is not None and latents.dtype != torch.float16:
+        latents = latents.half()
+    with torch.cuda.device(codes.table.device):
+        return decode.next_latents(codes.key_pages, codes.table, codes.lengths, latents, arranged)
 
 
 def kept_turns(rotary: PageRotary) -> tuple[Tensor, ...]:

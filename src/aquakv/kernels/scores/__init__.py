@@ -105,16 +105,21 @@ def next_latents(
         The backend cannot run here.
     """
     chosen = resolve_backend(backend, codes.key_pages)
-    codes.check(operands)
-    _check_latents(latents, codes, operands)
-    if not operands.next_width:
-        raise ShapeError("next latents: expected operands with an innovation, got none (the last layer?)")
+    check_carried(codes, latents, operands)
     if chosen == "torch":
         return reference.next_latents(codes, latents, operands)
     from aquakv.kernels.scores import triton
 
     with on_device_of(codes.key_pages):
         return triton.next_latents(codes, latents, operands)
+
+
+def check_carried(codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands) -> None:
+    """Raise `ShapeError` unless the next layer's latents follow from these."""
+    codes.check(operands)
+    _check_latents(latents, codes, operands)
+    if not operands.next_width:
+        raise ShapeError("next latents: expected operands with an innovation, got none (the last layer?)")
 
 
 def check_step(query: Tensor, codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands) -> None:

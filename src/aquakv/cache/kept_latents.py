@@ -1,0 +1,74 @@
+"""Latents of all layers, kept from step to step instead of being made anew in each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aquakv.cache.layout import TokenLayout
+from aquakv.cache.records import storage_bytes
+from aquakv.kernels import DecodeOperands, PagedCodes, PageRotary, carry_latents
+from aquakv.kernels.backend import Backend
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """What the latents of the layer after follow from."""
+
+    codes: PagedCodes
+    operands: DecodeOperands
+    rotary: PageRotary
+
+
+class KeptLatents:
+    """Latents of compressed tokens at all layers.
+
+    They follow from codes alone, so they are made when pages have changed and read until then. They stay
+    where they are while tables have room for more pages.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []  # at the layers behind the first
+        self._made_of: tuple[int, int, torch.Size] | None = None
+
+    def are_current(self, layout: TokenLayout, table: Tensor) -> bool:
+        """Tell whether they are those of a layout's pages, in the places of a table of these."""
+        return self._made_of == (layout.version, layout.selections, table.shape)
+
+    def at(self, order: int) -> Tensor | None:
+        """Return the latents at a compressed layer, ``[rows, tokens, width]``; None at the first."""
+        return self._held[order - 1] if order else None
+
+    def renew(self, layout: TokenLayout, layers: Sequence[CodedLayer], backend: Backend) -> None:
+        """Make them of all layers' pages, whose tables are up to date; in place if they fit."""
+        latents: Tensor | None = None
+        self._made_of = None  # until all are there
+        for order, layer in enumerate(layers[:-1]):
+            if latents is not None:
+                latents = latents.to(layer.codes.table.device)
+            made = carry_latents(layer.codes, latents, layer.operands, layer.rotary, backend=backend)
+            device = layers[order + 1].codes.table.device
+            latents = self._keep(order, made, device)
+        self._made_of = layout.version, layout.selections, layers[0].codes.table.shape
+
+    def _keep(self, place: int, made: Tensor, device: torch.device) -> Tensor:
+        """Put a layer's latents where its last ones were, unless these were of other sizes."""
+        if place == len(self._held):
+            self._held.append(made.to(device))
+        elif self._held[place].shape == made.shape and self._held[place].device == device:
+            self._held[place].copy_(made)
+        else:
+            self._held[place] = made.to(device)
+        return self._held[place]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return tuple(self._held)
+
+    def footprint(self) -> int:
+        """Return their bytes."""
+        return storage_bytes(*self._held)
