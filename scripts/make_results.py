@@ -219,7 +219,10 @@ def summary() -> str:
     other = fewest((row for row in competing if not is_ours(row)), 0.02)
     ours = fewest((row for row in competing if is_ours(row)), 0.02)
     smaller = math.floor(10 * 16 / small["bits_per_value"]) / 10
-    chains = [row["ratio_to_bf16"] for row in rows("decode-h200")[1] if row["contestant"] == "chain"]
+    chains, keeping = (
+        [row["ratio_to_bf16"] for row in rows("decode-h200")[1] if row["contestant"] == name]
+        for name in ("chain", "chain, latents kept")
+    )
     calibrations = []
     for row in rows("calibrate-h200")[1]:
         if row["phase"] == "total":
@@ -233,7 +236,8 @@ def summary() -> str:
         "For caches that are put aside: it is entropy-coded, and decompressed once per load.\n"
         f"* **While the model generates:** `{decode['contestant']}`, {decode['bits_per_value']:.2f} bits: "
         f"{percent(decode)}, at worst {worst(decode)}. Attention to codes takes {min(chains):.1f} to "
-        f"{max(chains):.1f} times as long as bf16 attention on an H200.\n"
+        f"{max(chains):.1f} times as long as bf16 attention on an H200, {min(keeping):.1f} to "
+        f"{max(keeping):.1f} times with latents kept.\n"
         f"* **The published method,** `{published['contestant']}`, {published['bits_per_value']:.2f} bits: "
         f"{percent(published)}, at worst {worst(published)}.\n"
         f"* **Fewest bits of the other methods within 2 %:** {name_of(other['contestant'])}, "

@@ -17,8 +17,17 @@ def kernels() -> str:
             f"{1e3 * row['median_ms']:.0f}" for row in (exact, *(found[shape, setting, p] for p in parts))
         ]
         bits, ratio = f"{chain['bits_per_value']:.2f}", f"{chain['ratio_to_bf16']:.2f}"
-        lines.append([shape, setting, bits, *times, ratio])
-    titles = ["tokens", "setting", "bits per value", "bf16 attention", *parts, "chain to bf16"]
+        kept = f"{found[shape, setting, 'chain, latents kept']['ratio_to_bf16']:.2f}"
+        lines.append([shape, setting, bits, *times, ratio, kept])
+    titles = [
+        "tokens",
+        "setting",
+        "bits per value",
+        "bf16 attention",
+        *parts,
+        "chain to bf16",
+        "kept to bf16",
+    ]
     return table(titles, lines, f"Microseconds, medians; {measured_with(content)}.")
 
 

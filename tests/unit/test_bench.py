@@ -1,11 +1,13 @@
 """Benchmarks of caches: what they measure is right, whatever the times are."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from aquakv import AquaCache, ModelCodec
-from aquakv.errors import DataError
+from aquakv import AquaCache, ModelCodec, WindowConfig
+from aquakv.errors import ConfigError, DataError
 from aquakv.evaluation.bench import WARM_UP, bench_decode, bench_encode, bench_memory, contestants, held_bytes
 from tiny_models import codec_for, feed, random_tokens, shared
 
@@ -25,6 +27,19 @@ def test_contestants(codecs):
     kinds = [one.build(model) for one in contestants(codecs)]
     assert [type(kind) for kind in kinds] == [DynamicCache, *[AquaCache] * 3]
     assert [kind._fused for kind in kinds[1:]] == [False, True, False]
+
+
+def test_contestants_that_keep_latents(codecs):
+    paged = {"a": codec_for("llama", "decode"), "b": codecs["b"]}
+    window = WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
+    paged["a"] = dataclasses.replace(paged["a"], config=dataclasses.replace(paged["a"].config, window=window))
+    found = contestants(paged, keep_latents=True)
+    assert [one.name for one in found] == [*NAMES[:3], "a, fused path, latents kept", NAMES[3]]
+    assert [one.build(shared("llama"))._keep_latents for one in found[1:]] == [False, False, True, False]
+    rows = bench_memory(shared("llama"), paged, random_tokens(1, 72), [70], keep_latents=True)
+    assert [row["contestant"] for row in rows] == [one.name for one in found]
+    with pytest.raises(ConfigError, match="got none"):
+        contestants(codecs, keep_latents=True)
 
 
 def test_decode_rows(codecs):

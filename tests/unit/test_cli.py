@@ -600,7 +600,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(place, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "extra", "column"),
     [
-        ("decode", ["--steps", "2"], "median_ms"),
+        ("decode", ["--steps", "2", "--keep-latents"], "median_ms"),
         ("encode", ["--repeats", "2"], "encoding_share"),
         ("memory", [], "peak_bytes"),
     ],
@@ -619,6 +619,8 @@ def test_bench(place, capsys, name, extra, column):
     assert result["codecs"][0]["sha256"] == hashlib.sha256((place / "codec").read_bytes()).hexdigest()
     assert {row["context"] for row in result["rows"]} == {150, 200}
     assert all(column in row for row in result["rows"])
+    kept = [row for row in result["rows"] if row["contestant"].endswith("latents kept")]
+    assert len(kept) == 2 * ("--keep-latents" in extra)
     assert {"versions", "device", "git_sha", "model", "data"} <= set(result)
 
 

@@ -26,9 +26,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aquakv.cache import AquaCache
 from aquakv.cache.fused import why_not_fused
+from aquakv.cache.paged import why_not_paged
 from aquakv.cache.records import storage_bytes
 from aquakv.codec import ModelCodec
-from aquakv.errors import DataError
+from aquakv.errors import ConfigError, DataError
 
 #: Steps, or prefills, that are run before any is timed.
 WARM_UP = 2
@@ -61,21 +62,50 @@ class Contestant:
         None for the exact cache.
     attention
         ``general`` or ``fused``; None for the exact cache.
+    keep_latents
+        Whether latents are kept between steps.
     """
 
     name: str
     codec: ModelCodec | None = None
     attention: Any = None
+    keep_latents: bool = False
 
     def build(self, model: PreTrainedModel) -> Cache:
         """Return an empty cache."""
         if self.codec is None:
             return DynamicCache(config=model.config.get_text_config(decoder=True))
-        return AquaCache(model, self.codec, attention=self.attention)
+        return AquaCache(model, self.codec, attention=self.attention, keep_latents=self.keep_latents)
 
 
-def contestants(codecs: Mapping[str, ModelCodec], *, both_paths: bool = True) -> list[Contestant]:
-    """Return the exact cache and every codec's ways to attend; without ``both_paths`` its best one only."""
+def contestants(
+    codecs: Mapping[str, ModelCodec], *, both_paths: bool = True, keep_latents: bool = False
+) -> list[Contestant]:
+    """Return the exact cache and every codec's ways to attend.
+
+    Parameters
+    ----------
+    codecs
+        By name.
+    both_paths
+        Whether to return the general path too where there is a fused one.
+    keep_latents
+        Whether to return the fused path also with latents that are kept, where kernels can attend.
+
+    Raises
+    ------
+    ConfigError
+        Kernels can attend to no codec's codes, but latents are to be kept.
+    """
+    keeping = {
+        name
+        for name, codec in codecs.items()
+        if keep_latents
+        and why_not_fused(codec) is None
+        and why_not_paged(codec, codec.config.window.block_tokens) is None
+    }
+    if keep_latents and not keeping:
+        raise ConfigError("keep latents: expected a codec whose codes kernels can attend to, got none")
     found = [Contestant(EXACT)]
     for name, codec in codecs.items():
         fused = why_not_fused(codec) is None
@@ -83,6 +113,8 @@ def contestants(codecs: Mapping[str, ModelCodec], *, both_paths: bool = True) ->
             found.append(Contestant(f"{name}, general path", codec, "general"))
         if fused:
             found.append(Contestant(f"{name}, fused path", codec, "fused"))
+        if name in keeping:
+            found.append(Contestant(f"{name}, fused path, latents kept", codec, "fused", keep_latents=True))
     return found
 
 
@@ -94,6 +126,7 @@ def bench_decode(
     contexts: Sequence[int],
     steps: int,
     report: Report | None = None,
+    keep_latents: bool = False,
 ) -> list[Row]:
     """Time single decode steps behind a context.
 
@@ -111,6 +144,8 @@ def bench_decode(
         Steps that are timed; the caches take turns at each.
     report
         Called after every prefill and every round of steps.
+    keep_latents
+        Whether to time caches that keep latents too.
 
     Returns
     -------
@@ -120,7 +155,7 @@ def bench_decode(
         steps, and bits per value.
     """
     require_tokens(tokens, max(contexts) + steps + WARM_UP)
-    competing = contestants(codecs)
+    competing = contestants(codecs, keep_latents=keep_latents)
     tick = _Ticker(len(contexts) * (len(competing) + steps + WARM_UP), report)
     rows: list[Row] = []
     for context in contexts:
@@ -208,6 +243,7 @@ def bench_memory(
     steps: int = 1,
     prefill_chunk: int | None = None,
     both_paths: bool = True,
+    keep_latents: bool = False,
 ) -> list[Row]:
     """Measure what caches hold, and the most that prefill and decode steps take beside it.
 
@@ -222,7 +258,7 @@ def bench_memory(
         steps; with fewer steps its figures depend on whether it does so in one of them.
     prefill_chunk
         Tokens that are fed at once before the decode steps; all of them if None.
-    both_paths
+    both_paths, keep_latents
         As for `contestants`.
 
     Returns
@@ -236,7 +272,7 @@ def bench_memory(
         and both peaks also as a ratio to the exact cache's. All are None where a GPU's memory was not enough.
     """
     require_tokens(tokens, max(contexts) + steps)
-    competing = contestants(codecs, both_paths=both_paths)
+    competing = contestants(codecs, both_paths=both_paths, keep_latents=keep_latents)
     tick = _Ticker((1 + len(contexts)) * len(competing), report)
     chunk = prefill_chunk or max(contexts)
     # Tables that codecs make on first use, and share, are none of a cache's. The last two chunks' worth of

@@ -35,6 +35,9 @@ Contexts = Annotated[
     typer.Option("--context", min=1, help="Tokens in the cache; may be given several times. Default: 1024."),
 ]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Sequences at once.")]
+KeepLatents = Annotated[
+    bool, typer.Option("--keep-latents", help="Also measure caches that keep latents beside the codes.")
+]
 Data = Annotated[str, typer.Option("--data", help=options.DATA_HELP)]
 
 
@@ -53,6 +56,7 @@ def decode(
     context: Contexts = None,
     rows: Rows = 1,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps that are timed.")] = 20,
+    keep_latents: KeepLatents = False,
     data: Data = "pydoc:test",
     data_dir: options.DataDir = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -68,7 +72,7 @@ def decode(
         rows,
         steps + WARM_UP,
         lambda loaded, codecs, tokens, contexts, report: bench_decode(
-            loaded, codecs, tokens, contexts, steps, report
+            loaded, codecs, tokens, contexts, steps, report, keep_latents
         ),
         {"step, ms": "median_ms", "to exact": "ratio_to_exact", "KL, nats": "mean_kl"},
         json_out,
@@ -139,6 +143,7 @@ def memory(
         str, typer.Option("--preset", help="Preset of the codec made for random weights.")
     ] = "decode",
     bits: Annotated[float | None, typer.Option("--bits", help="Bits per value of that codec.")] = None,
+    keep_latents: KeepLatents = False,
     data: Data = "pydoc:test",
     data_dir: options.DataDir = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -167,7 +172,7 @@ def memory(
         context,
         rows,
         count,
-        partial(bench_memory, steps=count, prefill_chunk=prefill_chunk),
+        partial(bench_memory, steps=count, prefill_chunk=prefill_chunk, keep_latents=keep_latents),
         {
             "held, bytes": "held_bytes",
             "to exact": "held_ratio_to_exact",
