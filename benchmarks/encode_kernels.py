@@ -278,7 +278,7 @@ def main() -> None:
     layers, checked = {}, {}
     for widths, rank in SETTINGS:
         name = f"{widths}, rank {rank}"
-        layers[name] = make_layer(FIELD_WIDTHS[widths], rank, random)
+        layers[name] = make_layer(FIELD_WIDTHS[widths][0], rank, random)
         checked[name] = check_encoding(layers[name])
     times = graph_times(prefill_layer(), options.replays)
     rows = [timing_row("bf16 prefill", f"1 x {TOKENS}", "", times)]
