@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     stale = []
-    names = ("calibration", "competitors", "kernels", "variants")
+    names = ("calibration", "competitors", "evaluation", "kernels", "variants")
     documents = [ROOT / "docs" / f"{name}.md" for name in names]
     for path in (ROOT / "README.md", *documents):
         old = path.read_text(encoding="utf-8")

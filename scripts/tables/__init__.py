@@ -11,6 +11,7 @@ TABLES = {
     "memory": speed.memory,
     "grid": quality.grid,
     "multi_news": quality.multi_news,
+    "drift": quality.drift,
     "calibration": calibration.calibration,
     "calibration_cpu": calibration.calibration_cpu,
     "calibration_precision": calibration.calibration_precision,

@@ -101,6 +101,32 @@ def grid() -> str:
     )
 
 
+def drift() -> str:
+    content, all_rows = rows("grid-cpu")
+    measured = sorted(
+        (row for row in all_rows if row["task"] == "drift"), key=lambda row: row["bits_per_value"]
+    )
+    lines = []
+    for row in measured:
+        bins, quarter = row["bins"], len(row["bins"]) // 4
+        parts = [
+            sum(one["mean_kl"] for one in bins[first : first + quarter]) / quarter
+            for first in range(0, len(bins), quarter)
+        ]
+        bits = f"{row['bits_per_value']:.2f}"
+        agreement = f"{100 * row['top1_agreement']:.1f} %"
+        lines.append([*system_and_setting(row["method"]), bits, *(f"{kl:.4f}" for kl in parts), agreement])
+    first = measured[0]
+    ends = [first["bins"][len(first["bins"]) * part // 4 - 1]["end"] for part in range(1, 5)]
+    return table(
+        ["system", "setting", "bits per value", *(f"KL to token {end:,}" for end in ends), "same top"],
+        lines,
+        f"Mean divergence in nats, by quarters of {first['new_tokens']:,} tokens that SmolLM2 generates "
+        f"behind {first['prompt_tokens']} of {first['data']} with the exact cache. {first['dtype']}, "
+        f"{content['device']}.",
+    )
+
+
 def multi_news() -> str:
     fast, on_gpu = rows("grid-h200")
     slow, on_cpu = rows("grid-cpu")
