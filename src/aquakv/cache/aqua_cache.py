@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
-from aquakv.cache.footprint import Footprint
+from aquakv.cache.footprint import Footprint, measure
 from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
 from aquakv.cache.kept_latents import KeptLatents
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels
 from aquakv.cache.pruning import Pruner
 from aquakv.cache.reconstruct import Reconstructor
-from aquakv.cache.records import storage_bytes
 from aquakv.cache.repeating_cache import RepeatingCache, Steady
 from aquakv.cache.saving import SavedCache, write_cache
 from aquakv.cache.step import CacheStep
@@ -523,39 +522,15 @@ class AquaCache(RepeatingCache):
 
     def footprint(self) -> Footprint:
         """Return the bytes that the cache holds, by part, from its tensors' storages."""
-        words = scales = outliers = spare = sinks = tail = other = decoded = itemsize = 0
-        for layer in self.layers:
-            if not isinstance(layer, AquaLayer):
-                other += storage_bytes(layer.keys, layer.values)
-                continue
-            codes, layer_scales, layer_outliers, room = layer.pages.footprint()
-            words, scales, outliers = words + codes, scales + layer_scales, outliers + layer_outliers
-            spare += room
-            decoded += layer.pages.decoded_bytes()
-            if layer.exact is not None:
-                layer_sinks, layer_tail = layer.exact.footprint()
-                sinks, tail = sinks + layer_sinks, tail + layer_tail
-                itemsize = layer.dtype.itemsize
-        per_token = 2 * self.codec.fingerprint.features * len(self._order)
-        layout = self.layout
-        original_values = layout.rows * layout.seen * per_token
-        evicting = 0 if layout.holes is None else layout.holes.footprint()
-        evicting += 0 if self._pruner is None else self._pruner.footprint()
-        return Footprint(
-            code_bytes=words,
-            scale_bytes=scales,
-            outlier_bytes=outliers,
-            position_bytes=storage_bytes(layout.positions) + evicting + self._state.footprint(),
-            spare_bytes=spare,
-            sink_bytes=sinks,
-            tail_bytes=tail,
-            other_layer_bytes=other,
-            coded_values=(sum(layout.coded) - layout.fillers()) * per_token,
-            total_values=layout.held_tokens() * per_token,
-            original_values=original_values,
-            exact_cache_bytes=original_values * itemsize,
-            decoded_bytes=decoded,
-            latent_bytes=0 if self._state.kept_latents is None else self._state.kept_latents.footprint(),
+        layout, latents = self.layout, self._state.kept_latents
+        tables = 0 if layout.holes is None else layout.holes.footprint()
+        tables += 0 if self._pruner is None else self._pruner.footprint()
+        return measure(
+            self.layers,
+            layout,
+            self.codec.fingerprint.features,
+            table_bytes=tables + self._state.footprint(),
+            latent_bytes=0 if latents is None else latents.footprint(),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AquaCache:

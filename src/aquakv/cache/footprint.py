@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from aquakv.cache.aqua_layer import AquaLayer
+from aquakv.cache.layout import TokenLayout
+from aquakv.cache.records import storage_bytes
 
 
 @dataclass(frozen=True)
@@ -112,3 +118,53 @@ class Footprint:
             f"{self.spare_bytes / 2**20:.2f}, exact tokens {exact_tokens / 2**20:.2f}{latents}{decoded}; "
             f"{bits}); an exact cache holds {self.exact_cache_bytes / 2**20:.2f} MiB"
         )
+
+
+def measure(
+    layers: Sequence[Any], layout: TokenLayout, features: int, *, table_bytes: int, latent_bytes: int
+) -> Footprint:
+    """Return what a cache holds.
+
+    Parameters
+    ----------
+    layers
+        All of the cache's, compressed or not.
+    layout
+        Its tokens.
+    features
+        Numbers in a token's keys at one layer.
+    table_bytes, latent_bytes
+        What it holds beside its layers and positions.
+    """
+    words = scales = outliers = spare = sinks = tail = other = decoded = itemsize = compressed = 0
+    for layer in layers:
+        if not isinstance(layer, AquaLayer):
+            other += storage_bytes(layer.keys, layer.values)
+            continue
+        compressed += 1
+        codes, layer_scales, layer_outliers, room = layer.pages.footprint()
+        words, scales, outliers = words + codes, scales + layer_scales, outliers + layer_outliers
+        spare += room
+        decoded += layer.pages.decoded_bytes()
+        if layer.exact is not None:
+            layer_sinks, layer_tail = layer.exact.footprint()
+            sinks, tail = sinks + layer_sinks, tail + layer_tail
+            itemsize = layer.dtype.itemsize
+    per_token = 2 * features * compressed
+    original_values = layout.rows * layout.seen * per_token
+    return Footprint(
+        code_bytes=words,
+        scale_bytes=scales,
+        outlier_bytes=outliers,
+        position_bytes=storage_bytes(layout.positions) + table_bytes,
+        spare_bytes=spare,
+        sink_bytes=sinks,
+        tail_bytes=tail,
+        other_layer_bytes=other,
+        coded_values=(sum(layout.coded) - layout.fillers()) * per_token,
+        total_values=layout.held_tokens() * per_token,
+        original_values=original_values,
+        exact_cache_bytes=original_values * itemsize,
+        decoded_bytes=decoded,
+        latent_bytes=latent_bytes,
+    )
