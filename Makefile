@@ -90,7 +90,7 @@ types: install
 # Ours beside other methods on both demo models; goes on where it was interrupted. Hours on a CPU.
 grid: gemma
 	@mkdir -p results
-	for grid in competitors needles multi_news drift; do \
+	for grid in competitors needles multi_news drift ruler; do \
 		$(BIN)/aquakv eval grid benchmarks/grids/$$grid.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR)) --out results/grid.jsonl || exit; \
 	done
 

@@ -268,6 +268,7 @@ def parts() -> Iterable[str]:
     )
     yield f"## Two models side by side with other methods\n\n{TABLES['grid']()}"
     yield f"## Summaries of news\n\n{TABLES['multi_news']()}"
+    yield f"## RULER\n\n{TABLES['ruler']()}"
     yield f"## Drift over a long generation\n\n{TABLES['drift']()}"
     yield f"## Memory by context on a GPU\n\n{TABLES['memory']()}"
     yield f"## With tokens evicted\n\n{TABLES['pruning']()}"

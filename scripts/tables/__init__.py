@@ -12,6 +12,7 @@ TABLES = {
     "grid": quality.grid,
     "multi_news": quality.multi_news,
     "drift": quality.drift,
+    "ruler": quality.ruler,
     "calibration": calibration.calibration,
     "calibration_cpu": calibration.calibration_cpu,
     "calibration_precision": calibration.calibration_precision,

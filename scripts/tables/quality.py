@@ -127,6 +127,28 @@ def drift() -> str:
     )
 
 
+def ruler() -> str:
+    content, all_rows = rows("grid-cpu")
+    measured = sorted(
+        (row for row in all_rows if row["task"] == "ruler"), key=lambda row: row["bits_per_value"]
+    )
+    first = measured[0]
+    lines = [["exact cache", "", "16", *(f"{100 * one['baseline_score']:.0f}" for one in first["rows"])]]
+    lines[0].append(f"{100 * first['baseline_score']:.1f}")
+    for row in measured:
+        scores = (f"{100 * one['score']:.0f}" for one in row["rows"])
+        bits = f"{row['bits_per_value']:.2f}"
+        lines.append([*system_and_setting(row["method"]), bits, *scores, f"{100 * row['score']:.1f}"])
+    tasks = [one["task"] for one in first["rows"]]
+    return table(
+        ["system", "setting", "bits per value", *tasks, "all"],
+        lines,
+        f"Strings found in replies, in per cent: SmolLM2, prompts of {', '.join(map(str, first['lengths']))} "
+        f"tokens, {first['samples']} of each task, needles in {first['data']}. {first['dtype']}, "
+        f"{content['device']}.",
+    )
+
+
 def multi_news() -> str:
     fast, on_gpu = rows("grid-h200")
     slow, on_cpu = rows("grid-cpu")
