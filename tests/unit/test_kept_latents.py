@@ -124,6 +124,25 @@ def test_a_cache_that_was_put_aside(tmp_path):
     assert again.footprint().latent_bytes == cache.footprint().latent_bytes
 
 
+def test_freed_when_other_passes_have_added_pages():
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    tokens, mask = random_tokens(1, 240, seed=4), torch.ones(1, 240, dtype=torch.long)
+    cache = cache_of(model, codec, keep_latents=True)
+    go_on(model, cache, tokens, [75, 1], mask)
+    held = cache.footprint().latent_bytes
+    go_on(model, cache, tokens, [3], mask)
+    assert cache.footprint().latent_bytes == held > 0  # no page came or went
+    go_on(model, cache, tokens, [60], mask)
+    assert not cache.footprint().latent_bytes
+    go_on(model, cache, tokens, [1], mask)
+    assert cache.footprint().latent_bytes > 0
+    # Behind a hole that was compressed kernels no longer attend.
+    mask[0, 145] = 0
+    go_on(model, cache, tokens, [10, *[1] * 60], mask)
+    assert len(cache.layout.pages) == 3
+    assert not cache.footprint().latent_bytes
+
+
 def test_who_cannot():
     model = shared("llama")
     with pytest.raises(ConfigError, match=r"keep_latents: .* rows of tokens"):

@@ -141,8 +141,8 @@ class AquaCache(RepeatingCache):
         self.eviction = eviction
         self._paged = self._fused and self._why_not_paged() is None
         if keep_latents and not self._paged:
-            reason = (
-                self._why_not_paged() or "keys and values are reconstructed (attention general, or not sdpa)"
+            reason = self._why_not_paged() or (
+                "keys and values are reconstructed (attention general, keep_decoded, or not sdpa)"
             )
             raise ConfigError(f"keep_latents: kernels cannot attend to this cache's codes: {reason}")
         self._build()

@@ -38,6 +38,11 @@ class KeptLatents:
         """Tell whether they are those of a layout's pages, in the places of a table of these."""
         return self._made_of == (layout.version, layout.selections, table.shape)
 
+    def forget_stale(self, layout: TokenLayout) -> None:
+        """Free them if they are those of other pages: another way of attending may go on from here."""
+        if self._made_of is None or self._made_of[:2] != (layout.version, layout.selections):
+            self._held.clear()
+
     def at(self, order: int) -> Tensor | None:
         """Return the latents at a compressed layer, ``[rows, tokens, width]``; None at the first."""
         return self._held[order - 1] if order else None

@@ -182,6 +182,8 @@ class RepeatingCache(EvictingCache):
         # Kernels may have attended for the last time: what was compressed may be hidden, or out of order.
         other_way = self._state.sees_some_only or not all(self.layout.successive)
         if other_way or not isinstance(step, PagedStep):
+            if self._state.kept_latents is not None:
+                self._state.kept_latents.forget_stale(self.layout)
             return
         exact = self._compressed[0].exact
         assert exact is not None  # the step held tokens there
