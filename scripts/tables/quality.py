@@ -101,11 +101,15 @@ def grid() -> str:
     )
 
 
-def drift() -> str:
+def on_cpu_by_bits(task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what the CPU's grid says of itself, and its rows of a task, fewest bits first."""
     content, all_rows = rows("grid-cpu")
-    measured = sorted(
-        (row for row in all_rows if row["task"] == "drift"), key=lambda row: row["bits_per_value"]
-    )
+    measured = (row for row in all_rows if row["task"] == task)
+    return content, sorted(measured, key=lambda row: row["bits_per_value"])
+
+
+def drift() -> str:
+    content, measured = on_cpu_by_bits("drift")
     lines = []
     for row in measured:
         bins, quarter = row["bins"], len(row["bins"]) // 4
@@ -128,10 +132,7 @@ def drift() -> str:
 
 
 def ruler() -> str:
-    content, all_rows = rows("grid-cpu")
-    measured = sorted(
-        (row for row in all_rows if row["task"] == "ruler"), key=lambda row: row["bits_per_value"]
-    )
+    content, measured = on_cpu_by_bits("ruler")
     first = measured[0]
     lines = [["exact cache", "", "16", *(f"{100 * one['baseline_score']:.0f}" for one in first["rows"])]]
     lines[0].append(f"{100 * first['baseline_score']:.1f}")

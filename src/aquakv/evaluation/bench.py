@@ -97,15 +97,6 @@ def contestants(
     ConfigError
         Kernels can attend to no codec's codes, but latents are to be kept.
     """
-    keeping = {
-        name
-        for name, codec in codecs.items()
-        if keep_latents
-        and why_not_fused(codec) is None
-        and why_not_paged(codec, codec.config.window.block_tokens) is None
-    }
-    if keep_latents and not keeping:
-        raise ConfigError("keep latents: expected a codec whose codes kernels can attend to, got none")
     found = [Contestant(EXACT)]
     for name, codec in codecs.items():
         fused = why_not_fused(codec) is None
@@ -113,8 +104,10 @@ def contestants(
             found.append(Contestant(f"{name}, general path", codec, "general"))
         if fused:
             found.append(Contestant(f"{name}, fused path", codec, "fused"))
-        if name in keeping:
+        if keep_latents and fused and why_not_paged(codec, codec.config.window.block_tokens) is None:
             found.append(Contestant(f"{name}, fused path, latents kept", codec, "fused", keep_latents=True))
+    if keep_latents and not any(one.keep_latents for one in found):
+        raise ConfigError("keep latents: expected a codec whose codes kernels can attend to, got none")
     return found
 
 

@@ -45,7 +45,7 @@ def why_not_on(device: torch.device) -> str | None:
 
 def why_not(query: Tensor, operands: DecodeOperands, rotary: PageRotary) -> str | None:
     """Return why these kernels cannot take a step, or None."""
-    reason = why_not_layer(operands, rotary)
+    reason = why_not_on(query.device)
     if reason is not None:
         return reason
     group = query.shape[1] // operands.num_kv_heads
@@ -55,7 +55,7 @@ def why_not(query: Tensor, operands: DecodeOperands, rotary: PageRotary) -> str 
         return f"expected at most 64 query heads, got {query.shape[1]}"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected float32, float16 or bfloat16 queries, got {query.dtype}"
-    return None
+    return why_not_layer(operands, rotary)  # last: it arranges the operands
 
 
 def why_not_layer(operands: DecodeOperands, rotary: PageRotary) -> str | None:
