@@ -36,7 +36,7 @@ def generate(
         bool,
         typer.Option(
             "--keep-latents",
-            help="Keep latents beside the codes: faster steps on a GPU, for a little more memory.",
+            help="Keep latents beside the codes: faster steps on a GPU, for more memory.",
         ),
     ] = False,
     dtype: options.DtypeOption = options.Dtype.auto,
