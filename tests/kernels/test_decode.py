@@ -8,7 +8,7 @@ import torch
 from decode_cases import SHAPES, Shape, dense, make_case
 
 from aquakv.errors import ConfigError, ShapeError
-from aquakv.kernels import attend_codes, carry_latents
+from aquakv.kernels import attend_codes, carry_latents, decode, hopper
 from aquakv.kernels.backend import _auto
 from aquakv.kernels.scores import scores
 
@@ -109,6 +109,46 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch):
         carry_latents(*arguments[1:], backend="hopper")
     with pytest.raises(ConfigError, match="expected one of auto, torch, triton"):
         attend_codes(*arguments, scaling=1.0, backend="cuda")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "expected"),
+    [
+        (8, torch.bfloat16, "hopper"),
+        (10, torch.bfloat16, "not"),
+        (8, torch.float64, "not"),
+        (None, None, "hopper"),
+    ],
+)
+def test_latents_are_made_by_the_kernels_of_steps(monkeypatch, heads, dtype, expected):
+    case = make_case(SHAPES["plain"])
+    operands = case.operands(torch.float16)
+    latents = case.stored_latents(operands.latent_width, torch.float16)
+    rest = (case.codes(), latents, operands, case.rotary(torch.float32))
+    query = None if heads is None else torch.empty(2, heads, case.shape.head_dim, dtype=dtype, device="meta")
+    arranged, ran = [], []
+
+    def stop(name):
+        def raising(*args, **kwargs):
+            ran.append(name)
+            raise RuntimeError
+
+        return raising
+
+    monkeypatch.setattr(decode, "resolve_backend", lambda *args, **kwargs: "triton")
+    monkeypatch.setattr(hopper, "why_not_on", lambda device: None)
+    monkeypatch.setattr(hopper, "_arranged", lambda *args: arranged.append(args))
+    for name in ("attend", "carry"):
+        monkeypatch.setattr(hopper, name, stop("hopper"))
+    for name in ("scores", "next_latents"):
+        monkeypatch.setattr(decode, name, stop("not"))
+    with pytest.raises(RuntimeError):
+        carry_latents(*rest, query=query)
+    if query is not None:
+        with pytest.raises(RuntimeError):
+            attend_codes(query, *rest, scaling=1.0)
+    assert set(ran) == {expected}
+    assert bool(arranged) == (expected == "hopper")  # operands that nothing uses are not made
 
 
 def test_the_automatic_choice_is_logged_once(caplog):

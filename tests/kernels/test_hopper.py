@@ -507,3 +507,15 @@ def test_auto_chooses_it():
     query, codes, latents, operands, rotary = step_of(make_case(FITTING["plain"]), "cuda")
     assert hopper.why_not(query, operands, rotary) is None
     assert math.isfinite(float(attend_codes(query, codes, latents, operands, rotary, scaling=1.0).lse[0, 0]))
+
+
+@on_hopper
+@pytest.mark.parametrize(("group", "on_hopper_kernels"), [(4, True), (6, False)])
+def test_latents_by_themselves_are_those_of_automatic_steps(group, on_hopper_kernels):
+    shape = replace(FITTING["wide heads, group of 4"], group=group)
+    query, *rest = step_of(make_case(shape, seed=2), "cuda")
+    assert (hopper.why_not(query, *rest[2:]) is None) == on_hopper_kernels
+    got = attend_codes(query, *rest, scaling=1.0).next_latents
+    carried = carry_latents(*rest, query=query.to("meta"))
+    for row, length in enumerate(shape.lengths):
+        torch.testing.assert_close(carried[row, :length], got[row, :length], rtol=0, atol=0, equal_nan=True)

@@ -29,17 +29,51 @@ def test_contestants(codecs):
     assert [kind._fused for kind in kinds[1:]] == [False, True, False]
 
 
-def test_contestants_that_keep_latents(codecs):
-    paged = {"a": codec_for("llama", "decode"), "b": codecs["b"]}
+@pytest.fixture(scope="module")
+def paged():
     window = WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64)
-    paged["a"] = dataclasses.replace(paged["a"], config=dataclasses.replace(paged["a"].config, window=window))
-    found = contestants(paged, keep_latents=True)
-    assert [one.name for one in found] == [*NAMES[:3], "a, fused path, latents kept", NAMES[3]]
-    assert [one.build(shared("llama"))._keep_latents for one in found[1:]] == [False, False, True, False]
-    rows = bench_memory(shared("llama"), paged, random_tokens(1, 72), [70], keep_latents=True)
-    assert [row["contestant"] for row in rows] == [one.name for one in found]
-    with pytest.raises(ConfigError, match="got none"):
-        contestants(codecs, keep_latents=True)
+    codec = codec_for("llama", "decode")
+    return {"a": dataclasses.replace(codec, config=dataclasses.replace(codec.config, window=window))}
+
+
+def test_caches_that_keep_latents(codecs, paged):
+    model, tokens = shared("llama"), random_tokens(1, 80)
+    rows = bench_memory(
+        model, paged | {"b": codecs["b"]}, tokens, [70], steps=3, keep_latents=True, backend="torch"
+    )
+    assert [row["contestant"] for row in rows] == [*NAMES[:3], "a, fused path, latents kept", NAMES[3]]
+    exact, general, fused, kept, paper = rows
+    assert exact["latent_bytes"] is None
+    assert general["latent_bytes"] == fused["latent_bytes"] == paper["latent_bytes"] == 0
+    cache = AquaCache(model, paged["a"], attention="fused", backend="torch", keep_latents=True)
+    feed(model, cache, tokens[:, :73], [70, 1, 1, 1])
+    assert kept["latent_bytes"] == cache.footprint().latent_bytes > 0
+    # Steps make none where they are kept, so that only what is kept comes on top.
+    assert kept["steady_bytes"] - fused["steady_bytes"] == pytest.approx(kept["latent_bytes"], abs=1024)
+
+
+def test_predictions_of_caches_that_keep_latents(paged):
+    rows = bench_decode(
+        shared("llama"), paged, random_tokens(1, 90), [70], 6, keep_latents=True, backend="torch"
+    )
+    assert rows[2]["mean_kl"] == rows[3]["mean_kl"] > 0
+
+
+def test_latents_are_not_kept_where_kernels_do_not_attend(codecs, paged):
+    def asking(model, codecs, backend="auto"):
+        bench_memory(model, codecs, random_tokens(1, 72), [70], keep_latents=True, backend=backend)
+
+    with pytest.raises(ConfigError, match=r"got none: they run on a GPU, .* is on cpu"):
+        asking(shared("llama"), paged)
+    with pytest.raises(ConfigError, match="got none: its quantiser is grid, expected scalar"):
+        asking(shared("llama"), {"b": codecs["b"]}, "torch")
+    with pytest.raises(ConfigError, match=r"got none$"):
+        asking(shared("llama"), {}, "torch")
+    window = paged["a"].config.window
+    codec = codec_for("smollm3", "decode")
+    other = dataclasses.replace(codec, config=dataclasses.replace(codec.config, window=window))
+    with pytest.raises(ConfigError, match="got none: kernels rotate every layer's keys"):
+        asking(shared("smollm3"), {"a": other}, "torch")
 
 
 def test_decode_rows(codecs):

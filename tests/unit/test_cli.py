@@ -600,9 +600,9 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(place, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "extra", "column"),
     [
-        ("decode", ["--steps", "2", "--keep-latents"], "median_ms"),
+        ("decode", ["--steps", "2", "--keep-latents", "--backend", "torch"], "median_ms"),
         ("encode", ["--repeats", "2"], "encoding_share"),
-        ("memory", [], "peak_bytes"),
+        ("memory", ["--keep-latents", "--backend", "torch"], "peak_bytes"),
     ],
 )
 def test_bench(place, capsys, name, extra, column):
@@ -621,6 +621,9 @@ def test_bench(place, capsys, name, extra, column):
     assert all(column in row for row in result["rows"])
     kept = [row for row in result["rows"] if row["contestant"].endswith("latents kept")]
     assert len(kept) == 2 * ("--keep-latents" in extra)
+    if name == "memory":
+        assert all(row["latent_bytes"] > 0 for row in kept)
+        assert "latents, bytes" in lines[0]
     assert {"versions", "device", "git_sha", "model", "data"} <= set(result)
 
 

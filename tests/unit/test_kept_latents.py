@@ -50,8 +50,8 @@ def test_made_once_for_each_state_of_pages(carried):
     assert carried == {"in steps": 125 * layers, "behind steps": 0}
     cache = cache_of(model, codec, keep_latents=True)
     assert torch.equal(feed(model, cache, tokens, sizes), expected)
-    # The first step makes its own; all are kept behind it, and anew behind the two blocks at 130 and 194.
-    assert carried == {"in steps": (125 + 1) * layers, "behind steps": 3 * (layers - 1)}
+    # The first step makes its own, which are kept; they are made anew behind the two blocks at 130 and 194.
+    assert carried == {"in steps": (125 + 1) * layers, "behind steps": 2 * (layers - 1)}
     held = cache.footprint()
     capacity = cache._state.tables(
         cache.layout, cache._adapter, 0, torch.device("cpu"), cache._compressed[0].pages.records
@@ -104,6 +104,60 @@ def test_operations_on_the_cache(carried):
     assert before > 10 * (carried["in steps"] - before) > 0
 
 
+def test_pages_that_another_pass_adds_where_tables_had_room(carried):
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    tokens, layers = random_tokens(1, 200, seed=4), len(codec.layers)
+    sizes = [120, *[1] * 6, 4, *[1] * 70]  # the table has room from the first step on, and is not made anew
+    expected = feed(model, cache_of(model, codec), tokens, sizes)
+    carried.update({"in steps": 0, "behind steps": 0})
+    cache = cache_of(model, codec, keep_latents=True)
+    shapes = []
+    for begin, size in zip(torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist(), sizes, strict=True):
+        part = feed(model, cache, tokens[:, begin : begin + size], [size])
+        assert torch.equal(part, expected[:, begin : begin + size])
+        if size == 1:
+            shapes.append(cache._state.kept_latents._made_of[2])
+    assert len(set(shapes[:7])) == 1
+    assert carried == {"in steps": 2 * layers, "behind steps": layers - 1}
+
+
+def test_beams_and_shortened_sequences_make_them_in_the_step_alone(carried):
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    tokens, layers = random_tokens(2, 140, seed=4), len(codec.layers)
+    window = WindowConfig(sink_tokens=2, recent_window=8, block_tokens=64)
+    outputs = []
+    for keep in (False, True):
+        carried.update({"in steps": 0, "behind steps": 0})
+        cache = AquaCache(model, codec, window=window, backend="torch", attention="fused", keep_latents=keep)
+        parts = [feed(model, cache, tokens[:, :102], [99, 1, 1, 1])]
+        cache.crop(-2)
+        parts.append(feed(model, cache, tokens[:, 100:103], [1, 1, 1]))
+        for step in range(3):
+            cache.reorder_cache(torch.tensor([1, 1]) if step == 0 else torch.tensor([1, 0]))
+            assert not cache.footprint().latent_bytes
+            parts.append(feed(model, cache, tokens[:, 103 + step : 104 + step], [1]))
+            assert (cache.footprint().latent_bytes > 0) == keep
+        outputs.append(torch.cat(parts, 1))
+    assert torch.equal(*outputs)
+    assert carried == {"in steps": 4 * layers, "behind steps": 0}
+
+
+def test_made_by_the_kernels_of_steps(monkeypatch):
+    asked = []
+
+    def renewing(*args, query, **kwargs):
+        asked.append((tuple(query.shape), query.dtype))
+        return carry_latents(*args, query=query, **kwargs)
+
+    monkeypatch.setattr(kept_latents, "carry_latents", renewing)
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    cache = cache_of(model, codec, keep_latents=True)
+    feed(model, cache, random_tokens(2, 140, seed=4), [120, *[1] * 20])
+    config = model.config
+    heads, dim = config.num_attention_heads, codec.fingerprint.head_dim
+    assert asked == [((2, heads, dim), torch.float32)] * (len(codec.layers) - 1)
+
+
 def test_a_cache_that_was_put_aside(tmp_path):
     model, codec = shared("llama"), codec_for("llama", "decode")
     tokens = random_tokens(1, 160, seed=4)
@@ -143,9 +197,24 @@ def test_freed_when_other_passes_have_added_pages():
     assert not cache.footprint().latent_bytes
 
 
+def test_freed_while_a_mask_hides_compressed_tokens():
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    tokens, mask = random_tokens(1, 120, seed=4), torch.ones(1, 120, dtype=torch.long)
+    cache = cache_of(model, codec, keep_latents=True)
+    go_on(model, cache, tokens, [75, 1], mask)
+    held = cache.footprint().latent_bytes
+    assert held > 0
+    hiding = mask.clone()
+    hiding[0, 20] = 0
+    go_on(model, cache, tokens, [1, 1], hiding)
+    assert not cache.footprint().latent_bytes
+    go_on(model, cache, tokens, [1], mask)
+    assert cache.footprint().latent_bytes == held
+
+
 def test_who_cannot():
     model = shared("llama")
-    with pytest.raises(ConfigError, match=r"keep_latents: .* rows of tokens"):
+    with pytest.raises(ConfigError, match=r"keep_latents: .* its quantiser is entropy"):
         cache_of(model, variant("storage"), attention="auto", keep_latents=True)
     with pytest.raises(ConfigError, match=r"keep_latents: .* are reconstructed"):
         cache_of(model, codec_for("llama", "decode"), attention="general", keep_latents=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from aquakv.cache.aqua_layer import AquaLayer
 from aquakv.cache.footprint import Footprint, measure
-from aquakv.cache.fused import MOST_QUERIES, FusedStep, why_not_fused
+from aquakv.cache.fused import MOST_QUERIES, FusedStep
 from aquakv.cache.kept_latents import KeptLatents
 from aquakv.cache.layout import TokenLayout
 from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels
@@ -30,7 +30,6 @@ from aquakv.errors import CacheStateError, ConfigError
 from aquakv.eviction import EvictionPolicy
 from aquakv.kernels.backend import Backend
 from aquakv.models.adapter import ModelAdapter
-from aquakv.models.attention import why_no_views
 from aquakv.models.hooks import ModelHooks
 from aquakv.models.uncompiled import uncompiled
 
@@ -141,10 +140,9 @@ class AquaCache(RepeatingCache):
         self.eviction = eviction
         self._paged = self._fused and self._why_not_paged() is None
         if keep_latents and not self._paged:
-            reason = self._why_not_paged() or (
-                "keys and values are reconstructed (attention general, keep_decoded, or not sdpa)"
+            raise ConfigError(
+                f"keep_latents: kernels cannot attend to this cache's codes: {self.why_no_kernels()}"
             )
-            raise ConfigError(f"keep_latents: kernels cannot attend to this cache's codes: {reason}")
         self._build()
         super().__init__(layers=self.layers)
 
@@ -219,15 +217,11 @@ class AquaCache(RepeatingCache):
             raise ConfigError(f"attention: expected auto, fused or general, got {attention!r}")
         if attention == "general":
             return False
-        reason = why_not_fused(self.codec)
-        implementation = getattr(self._adapter.config, "_attn_implementation", "eager")
-        if reason is None and implementation not in ("sdpa", "eager"):
-            reason = f"the model attends by {implementation}, expected sdpa or eager"
-        if reason is None:
-            reason = why_no_views(self._adapter)
+        reason = self._why_not_fused()
         if reason is not None and attention == "fused":
             raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
-        return reason is None and (attention == "fused" or implementation == "sdpa")
+        by_sdpa = getattr(self._adapter.config, "_attn_implementation", "eager") == "sdpa"
+        return reason is None and (attention == "fused" or by_sdpa)
 
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""
@@ -444,6 +438,8 @@ class AquaCache(RepeatingCache):
                 elif layer.exact is not None:
                     layer.pages.select(pages)
                     layer.exact.select(torch.as_tensor(rows))
+            if self._state.kept_latents is not None:
+                self._state.kept_latents.forget()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""

@@ -194,6 +194,16 @@ class PagedStep(CodesStep):
             rotary,
         )
 
+    def keep(self, order: int, query: Tensor, latents: Tensor | None) -> None:
+        """Keep the latents with which a layer is about to attend, unless they are soon stale or kept ones."""
+        kept = self.state.kept_latents
+        if kept is None:
+            return
+        if order == 0:
+            kept.expect(query)
+        elif latents is not None and self.kept is None and not self.due:
+            kept.take(order, latents)
+
     def compress_layer(
         self, layer_idx: int, codec: LayerCodec, pages: CodedPages, exact: ExactTokens
     ) -> None:
@@ -265,14 +275,18 @@ class PagedStep(CodesStep):
         """
         if self.due:
             self._tell_devices(tail_columns)
-        if self.state.kept_latents is not None and (self.due or self.kept is None):
-            layers = [
-                self._coded_layer(
-                    order, records, self.state.tables(self.layout, self.adapter, layer_idx, device, records)
-                )
-                for order, (layer_idx, device, records) in enumerate(self._layers)
-            ]
-            self.state.kept_latents.renew(self.layout, layers, self.state.backend)
+        kept = self.state.kept_latents
+        if kept is None or (not self.due and self.kept is not None):
+            return
+        tables = [self.state.tables(self.layout, self.adapter, *layer) for layer in self._layers]
+        if not self.due:
+            kept.complete(self.layout, tables[0].table)
+            return
+        layers = [
+            self._coded_layer(order, records, tables[order])
+            for order, (_, _, records) in enumerate(self._layers)
+        ]
+        kept.renew(self.layout, layers, self.state.backend)
 
     def _tell_devices(self, tail_columns: int) -> None:
         most = self._guard.most(self.layout.window.block_tokens)
@@ -324,10 +338,12 @@ class PagedView:
         """Attend to all tokens; parameters and result as for `CodedView.attend`, with one query a row."""
         asked, coded, kept = query[:, :, 0], self.coded, self.step.kept
         latents = self.step.latents if kept is None else kept.at(self.order)
+        latents = None if latents is None else latents.to(query.device)
+        self.step.keep(self.order, asked, latents)
         found = attend_codes(
             asked,
             coded.codes,
-            None if latents is None else latents.to(query.device),
+            latents,
             coded.operands,
             coded.rotary,
             scaling=scaling,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from aquakv.cache.encoding import PageEncoder
 from aquakv.cache.evicting_cache import EvictingCache
-from aquakv.cache.paged import PagedState, PagedStep, why_not_paged
+from aquakv.cache.fused import why_not_fused
+from aquakv.cache.paged import PagedState, PagedStep, attends_with_kernels, why_not_paged
 from aquakv.cache.step import CacheStep
+from aquakv.kernels.backend import Backend
+from aquakv.kernels.operands import HEAD_DIMS
+from aquakv.models.attention import why_no_views
 
 
 class Steady:
@@ -30,16 +35,38 @@ class RepeatingCache(EvictingCache):
     """What `AquaCache` knows of steps like the one before; what it works on is the rest of that."""
 
     _state: PagedState
+    _backend: Backend
     _fused: bool
     _broken: bool
     _prepared: PagedStep | None
     _steady: Steady | None
     _last_steady: Steady | None
 
+    def _why_not_fused(self) -> str | None:
+        """Return why nothing attends to codes, whatever is asked for, or None."""
+        reason = why_not_fused(self.codec)
+        implementation = getattr(self._adapter.config, "_attn_implementation", "eager")
+        if reason is None and implementation not in ("sdpa", "eager"):
+            reason = f"the model attends by {implementation}, expected sdpa or eager"
+        return why_no_views(self._adapter) if reason is None else reason
+
     def _why_not_paged(self) -> str | None:
         reason = why_not_paged(self.codec, self.window.block_tokens)
         if reason is None and not self._adapter.rotates_by_halves:
             reason = "kernels rotate every layer's keys, in pairs half a rotary dimension apart"
+        return reason
+
+    def why_no_kernels(self) -> str | None:
+        """Return why kernels attend to codes in no step through this cache, or None if they do in some."""
+        reason, dim = self._why_not_fused() or self._why_not_paged(), self._adapter.head_dim
+        if reason is None and not self._fused:
+            reason = "keys and values are reconstructed (attention general, keep_decoded, or not sdpa)"
+        device = self._adapter.layer_device(self._adapter.compressed_layers[0])
+        if reason is None and not attends_with_kernels(self._backend, dim, torch.empty(0, device=device)):
+            dims = ", ".join(map(str, HEAD_DIMS))
+            reason = (
+                f"they run on a GPU, with heads of {dims}; this model is on {device}, with heads of {dim}"
+            )
         return reason
 
     def why_no_graphs(self) -> str | None:
@@ -182,8 +209,11 @@ class RepeatingCache(EvictingCache):
         # Kernels may have attended for the last time: what was compressed may be hidden, or out of order.
         other_way = self._state.sees_some_only or not all(self.layout.successive)
         if other_way or not isinstance(step, PagedStep):
-            if self._state.kept_latents is not None:
-                self._state.kept_latents.forget_stale(self.layout)
+            kept = self._state.kept_latents
+            if kept is not None and other_way:
+                kept.forget()
+            elif kept is not None:
+                kept.forget_stale(self.layout)
             return
         exact = self._compressed[0].exact
         assert exact is not None  # the step held tokens there

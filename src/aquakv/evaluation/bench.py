@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as cache_result
 from typing import Any
 
@@ -26,10 +26,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aquakv.cache import AquaCache
 from aquakv.cache.fused import why_not_fused
-from aquakv.cache.paged import why_not_paged
 from aquakv.cache.records import storage_bytes
 from aquakv.codec import ModelCodec
 from aquakv.errors import ConfigError, DataError
+from aquakv.kernels.backend import Backend
 
 #: Steps, or prefills, that are run before any is timed.
 WARM_UP = 2
@@ -64,22 +64,31 @@ class Contestant:
         ``general`` or ``fused``; None for the exact cache.
     keep_latents
         Whether latents are kept between steps.
+    backend
+        What attends to codes, encodes and reconstructs.
     """
 
     name: str
     codec: ModelCodec | None = None
     attention: Any = None
     keep_latents: bool = False
+    backend: Backend = "auto"
 
     def build(self, model: PreTrainedModel) -> Cache:
         """Return an empty cache."""
         if self.codec is None:
             return DynamicCache(config=model.config.get_text_config(decoder=True))
-        return AquaCache(model, self.codec, attention=self.attention, keep_latents=self.keep_latents)
+        return AquaCache(
+            model,
+            self.codec,
+            attention=self.attention,
+            backend=self.backend,
+            keep_latents=self.keep_latents,
+        )
 
 
 def contestants(
-    codecs: Mapping[str, ModelCodec], *, both_paths: bool = True, keep_latents: bool = False
+    codecs: Mapping[str, ModelCodec], *, both_paths: bool = True, backend: Backend = "auto"
 ) -> list[Contestant]:
     """Return the exact cache and every codec's ways to attend.
 
@@ -89,26 +98,44 @@ def contestants(
         By name.
     both_paths
         Whether to return the general path too where there is a fused one.
-    keep_latents
-        Whether to return the fused path also with latents that are kept, where kernels can attend.
-
-    Raises
-    ------
-    ConfigError
-        Kernels can attend to no codec's codes, but latents are to be kept.
+    backend
+        Of all caches.
     """
     found = [Contestant(EXACT)]
     for name, codec in codecs.items():
         fused = why_not_fused(codec) is None
         if both_paths or not fused:
-            found.append(Contestant(f"{name}, general path", codec, "general"))
+            found.append(Contestant(f"{name}, general path", codec, "general", backend=backend))
         if fused:
-            found.append(Contestant(f"{name}, fused path", codec, "fused"))
-        if keep_latents and fused and why_not_paged(codec, codec.config.window.block_tokens) is None:
-            found.append(Contestant(f"{name}, fused path, latents kept", codec, "fused", keep_latents=True))
-    if keep_latents and not any(one.keep_latents for one in found):
-        raise ConfigError("keep latents: expected a codec whose codes kernels can attend to, got none")
+            found.append(Contestant(f"{name}, fused path", codec, "fused", backend=backend))
     return found
+
+
+def with_latents_kept(model: PreTrainedModel, found: Sequence[Contestant]) -> list[Contestant]:
+    """Return contestants, and behind every fused path the same with latents kept, if kernels attend there.
+
+    Raises
+    ------
+    ConfigError
+        They do so nowhere, so that no latents would be kept; with the first reason.
+    """
+    both: list[Contestant] = []
+    reasons: list[str] = []
+    for one in found:
+        both.append(one)
+        if one.codec is None:
+            continue
+        fused = one.attention == "fused"
+        cache = AquaCache(model, one.codec, attention="fused" if fused else "auto", backend=one.backend)
+        reason = cache.why_no_kernels()
+        if reason is not None:
+            reasons.append(reason)
+        elif fused:
+            both.append(replace(one, name=f"{one.name}, latents kept", keep_latents=True))
+    if len(both) == len(found):
+        because = f": {reasons[0]}" if reasons else ""
+        raise ConfigError(f"keep latents: expected a codec whose codes kernels attend to, got none{because}")
+    return both
 
 
 @torch.no_grad()
@@ -120,6 +147,7 @@ def bench_decode(
     steps: int,
     report: Report | None = None,
     keep_latents: bool = False,
+    backend: Backend = "auto",
 ) -> list[Row]:
     """Time single decode steps behind a context.
 
@@ -138,7 +166,9 @@ def bench_decode(
     report
         Called after every prefill and every round of steps.
     keep_latents
-        Whether to time caches that keep latents too.
+        Whether to time caches that keep latents too (`with_latents_kept`).
+    backend
+        As for `contestants`.
 
     Returns
     -------
@@ -148,7 +178,9 @@ def bench_decode(
         steps, and bits per value.
     """
     require_tokens(tokens, max(contexts) + steps + WARM_UP)
-    competing = contestants(codecs, keep_latents=keep_latents)
+    competing = contestants(codecs, backend=backend)
+    if keep_latents:
+        competing = with_latents_kept(model, competing)
     tick = _Ticker(len(contexts) * (len(competing) + steps + WARM_UP), report)
     rows: list[Row] = []
     for context in contexts:
@@ -237,6 +269,7 @@ def bench_memory(
     prefill_chunk: int | None = None,
     both_paths: bool = True,
     keep_latents: bool = False,
+    backend: Backend = "auto",
 ) -> list[Row]:
     """Measure what caches hold, and the most that prefill and decode steps take beside it.
 
@@ -251,21 +284,26 @@ def bench_memory(
         steps; with fewer steps its figures depend on whether it does so in one of them.
     prefill_chunk
         Tokens that are fed at once before the decode steps; all of them if None.
-    both_paths, keep_latents
+    both_paths, backend
         As for `contestants`.
+    keep_latents
+        Whether to measure caches that keep latents too (`with_latents_kept`).
 
     Returns
     -------
     list of dict
         A row for every context and contestant, in bytes: ``held_bytes`` in the cache's tensors after prefill,
         and of compressed caches ``code_bytes``, those of the compressed region, of them ``outlier_bytes`` for
-        tokens that are exact nevertheless. As the allocator has it, beyond what it had handed out before
+        tokens that are exact nevertheless; ``latent_bytes`` of latents that are kept, after the decode steps.
+        As the allocator has it, beyond what it had handed out before
         (weights, and what codecs make once for all caches): ``prefill_peak_bytes``, the most during prefill;
         ``peak_bytes``, the most during decode steps; ``steady_bytes``, what is left after them. Held bytes
         and both peaks also as a ratio to the exact cache's. All are None where a GPU's memory was not enough.
     """
     require_tokens(tokens, max(contexts) + steps)
-    competing = contestants(codecs, both_paths=both_paths, keep_latents=keep_latents)
+    competing = contestants(codecs, both_paths=both_paths, backend=backend)
+    if keep_latents:
+        competing = with_latents_kept(model, competing)
     tick = _Ticker((1 + len(contexts)) * len(competing), report)
     chunk = prefill_chunk or max(contexts)
     # Tables that codecs make on first use, and share, are none of a cache's. The last two chunks' worth of
@@ -385,6 +423,7 @@ _FIGURES = (
     "held_bytes",
     "code_bytes",
     "outlier_bytes",
+    "latent_bytes",
     "bits_per_value",
     "prefill_peak_bytes",
     "steady_bytes",
@@ -408,6 +447,7 @@ def _on_gpu(model: PreTrainedModel, cache: Cache, prompt: Sequence[Tensor], rest
     held = _held(model, cache)
     peak = peak_of(rest)
     steady = torch.cuda.memory_allocated(device) - before
+    held["latent_bytes"] = _latent_bytes(cache)
     return {**held, "prefill_peak_bytes": prefill_peak, "steady_bytes": steady, "peak_bytes": peak}
 
 
@@ -422,6 +462,7 @@ def _on_cpu(model: PreTrainedModel, cache: Cache, prompt: Sequence[Tensor], rest
         with record_function(_STEPS):
             for part in rest:
                 _forward(model, cache, part)
+    held["latent_bytes"] = _latent_bytes(cache)
     events = _events(profiler)
     begin = next(event.start_ns() for event in events if event.name() == _STEPS)
     level, peaks = 0, {False: 0, True: 0}  # by whether it was in the decode steps
@@ -463,6 +504,11 @@ def _held(model: PreTrainedModel, cache: Cache) -> Row:
         "outlier_bytes": None if footprint is None else footprint.outlier_bytes,
         "bits_per_value": _bits(model, cache),
     }
+
+
+def _latent_bytes(cache: Cache) -> int | None:
+    """Return the bytes of the latents that a cache keeps; None for one that never does."""
+    return cache.footprint().latent_bytes if isinstance(cache, AquaCache) else None
 
 
 _STEPS = "aquakv_decode_steps"

@@ -79,15 +79,11 @@ def attend_codes(
     ConfigError
         The backend cannot run here.
     """
-    chosen = resolve_backend(backend, query, whole_step=True)
-    if chosen == "hopper" or (backend == "auto" and chosen == "triton"):
+    if _may_be_hopper(backend, query):
         check_step(query, codes, latents, operands)
-        reason = hopper.why_not(query, operands, rotary) if codes.pages else "expected pages, got none"
-        if reason is None:
+        if _is_hopper(backend, query, codes, operands, rotary):
             found = hopper.attend(query, codes, latents, operands, rotary, scaling, softcap, carry)
             return CodedAttention(*found)
-        if chosen == "hopper":
-            raise ConfigError(f"backend hopper: {reason}; choose triton or auto")
     scored = scores(
         query, codes, latents, operands, rotary, scaling=scaling, softcap=softcap, backend=backend
     )
@@ -104,6 +100,7 @@ def carry_latents(
     operands: DecodeOperands,
     rotary: PageRotary,
     *,
+    query: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return the next layer's latents, as `attend_codes` does, without attending.
@@ -114,6 +111,10 @@ def carry_latents(
     ----------
     codes, latents, operands, rotary, backend
         As for `attend_codes`; the operands must have a next layer.
+    query
+        One like those of the steps that are to use them, of which its shape and dtype count (it may be on the
+        meta device): ``auto`` chooses as it does for such a step, so that latents are the same bit for bit.
+        Without one, as for few query heads a KV head.
 
     Returns
     -------
@@ -127,12 +128,24 @@ def carry_latents(
     ConfigError
         The backend cannot run here.
     """
-    chosen = resolve_backend(backend, codes.key_pages, whole_step=True)
-    if chosen == "hopper" or (backend == "auto" and chosen == "triton"):
+    if _may_be_hopper(backend, codes.key_pages):
         check_carried(codes, latents, operands)
-        reason = hopper.why_not_layer(operands, rotary) if codes.pages else "expected pages, got none"
-        if reason is None:
+        if _is_hopper(backend, query, codes, operands, rotary):
             return hopper.carry(codes, latents, operands, rotary)
-        if chosen == "hopper":
-            raise ConfigError(f"backend hopper: {reason}; choose triton or auto")
     return next_latents(codes, latents, operands, backend=backend)
+
+
+def _may_be_hopper(backend: Backend, like: Tensor) -> bool:
+    """Tell whether a step on a tensor's device is one for the Hopper kernels, if they support it."""
+    chosen = resolve_backend(backend, like, whole_step=True)
+    return chosen == "hopper" or (backend == "auto" and chosen == "triton")
+
+
+def _is_hopper(
+    backend: Backend, query: Tensor | None, codes: PagedCodes, operands: DecodeOperands, rotary: PageRotary
+) -> bool:
+    """Tell whether they support it; raise `ConfigError` if they do not, but were asked for."""
+    reason = hopper.why_not(query, operands, rotary) if codes.pages else "expected pages, got none"
+    if reason is not None and backend == "hopper":
+        raise ConfigError(f"backend hopper: {reason}; choose triton or auto")
+    return reason is None

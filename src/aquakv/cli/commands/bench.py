@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,21 @@ Rows = Annotated[int, typer.Option("--rows", min=1, help="Sequences at once.")]
 KeepLatents = Annotated[
     bool, typer.Option("--keep-latents", help="Also measure caches that keep latents beside the codes.")
 ]
+
+
+class Kernels(StrEnum):
+    """Values of ``--backend``, which are those of `aquakv.kernels.backend.Backend`."""
+
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+    hopper = "hopper"
+
+
+BackendOption = Annotated[
+    Kernels,
+    typer.Option("--backend", help="What attends to codes and reconstructs, in all caches but exact."),
+]
 Data = Annotated[str, typer.Option("--data", help=options.DATA_HELP)]
 
 
@@ -57,6 +73,7 @@ def decode(
     rows: Rows = 1,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps that are timed.")] = 20,
     keep_latents: KeepLatents = False,
+    backend: BackendOption = Kernels.auto,
     data: Data = "pydoc:test",
     data_dir: options.DataDir = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -72,7 +89,7 @@ def decode(
         rows,
         steps + WARM_UP,
         lambda loaded, codecs, tokens, contexts, report: bench_decode(
-            loaded, codecs, tokens, contexts, steps, report, keep_latents
+            loaded, codecs, tokens, contexts, steps, report, keep_latents, backend.value
         ),
         {"step, ms": "median_ms", "to exact": "ratio_to_exact", "KL, nats": "mean_kl"},
         json_out,
@@ -144,6 +161,7 @@ def memory(
     ] = "decode",
     bits: Annotated[float | None, typer.Option("--bits", help="Bits per value of that codec.")] = None,
     keep_latents: KeepLatents = False,
+    backend: BackendOption = Kernels.auto,
     data: Data = "pydoc:test",
     data_dir: options.DataDir = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -172,13 +190,20 @@ def memory(
         context,
         rows,
         count,
-        partial(bench_memory, steps=count, prefill_chunk=prefill_chunk, keep_latents=keep_latents),
+        partial(
+            bench_memory,
+            steps=count,
+            prefill_chunk=prefill_chunk,
+            keep_latents=keep_latents,
+            backend=backend.value,
+        ),
         {
             "held, bytes": "held_bytes",
             "to exact": "held_ratio_to_exact",
             "prefill peak": "prefill_peak_bytes",
             "decode peak": "peak_bytes",
             "peak to exact": "peak_ratio_to_exact",
+            **({"latents, bytes": "latent_bytes"} if keep_latents else {}),
         },
         json_out,
     )

@@ -43,30 +43,31 @@ def why_not_on(device: torch.device) -> str | None:
     return reason
 
 
-def why_not(query: Tensor, operands: DecodeOperands, rotary: PageRotary) -> str | None:
-    """Return why these kernels cannot take a step, or None."""
-    reason = why_not_on(query.device)
+def why_not(query: Tensor | None, operands: DecodeOperands, rotary: PageRotary) -> str | None:
+    """Return why these kernels cannot take a step, or None.
+
+    Of the query shape and dtype count; without one it is of a kind that they take.
+    """
+    reason = why_not_on(operands.epilogue.device)
+    if reason is None and query is not None:
+        reason = _why_not_query(query, operands.num_kv_heads)
+    if reason is None and rotary.offset_cos.dtype != torch.float32:
+        reason = f"expected float32 tables of offsets, got {rotary.offset_cos.dtype}"
     if reason is not None:
         return reason
-    group = query.shape[1] // operands.num_kv_heads
+    found = _arranged(operands, rotary)  # only now, as that makes them
+    return found if isinstance(found, str) else None
+
+
+def _why_not_query(query: Tensor, num_kv_heads: int) -> str | None:
+    group = query.shape[1] // num_kv_heads
     if group > MAX_GROUP:
         return f"expected at most {MAX_GROUP} query heads a KV head, got {group}"
     if query.shape[1] > 64:
         return f"expected at most 64 query heads, got {query.shape[1]}"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected float32, float16 or bfloat16 queries, got {query.dtype}"
-    return why_not_layer(operands, rotary)  # last: it arranges the operands
-
-
-def why_not_layer(operands: DecodeOperands, rotary: PageRotary) -> str | None:
-    """Return why these kernels cannot run a layer where its operands are, or None."""
-    reason = why_not_on(operands.epilogue.device)
-    if reason is not None:
-        return reason
-    if rotary.offset_cos.dtype != torch.float32:
-        return f"expected float32 tables of offsets, got {rotary.offset_cos.dtype}"
-    found = _arranged(operands, rotary)
-    return found if isinstance(found, str) else None
+    return None
 
 
 def attend(
@@ -103,7 +104,7 @@ def attend(
 
 
 def carry(codes: PagedCodes, latents: Tensor | None, operands: DecodeOperands, rotary: PageRotary) -> Tensor:
-    """Return next latents; see `aquakv.kernels.carry_latents`. `why_not_layer` must find nothing."""
+    """Return next latents; see `aquakv.kernels.carry_latents`. `why_not` must find nothing."""
     arranged = _arranged(operands, rotary)
     assert isinstance(arranged, HopperOperands)
     if latents is not None and latents.dtype != torch.float16:
