@@ -320,7 +320,7 @@ def _run(
             "rows": found,
         }
         write_json(json_out, content)
-    Console(width=140, soft_wrap=True).print(_table(found, columns))
+    Console(width=160, soft_wrap=True).print(_table(found, columns))
 
 
 def _table(rows: list[Row], columns: dict[str, str]) -> Table:
