@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from aquakv import AquaCache, ModelCodec, WindowConfig
 from aquakv.errors import ConfigError, DataError
 from aquakv.evaluation.bench import WARM_UP, bench_decode, bench_encode, bench_memory, contestants, held_bytes
-from tiny_models import codec_for, feed, random_tokens, shared
+from tiny_models import build, codec_for, feed, random_tokens, shared
 
 CODECS = {"a": ("decode", 3), "b": ("paper", 2)}
 NAMES = ["exact", "a, general path", "a, fused path", "b, general path"]
@@ -69,6 +69,8 @@ def test_latents_are_not_kept_where_kernels_do_not_attend(codecs, paged):
         asking(shared("llama"), {"b": codecs["b"]}, "torch")
     with pytest.raises(ConfigError, match=r"got none$"):
         asking(shared("llama"), {}, "torch")
+    with pytest.raises(ConfigError, match="got none: they run on a GPU"):
+        asking(build("llama", attn_implementation="eager"), paged)
     window = paged["a"].config.window
     codec = codec_for("smollm3", "decode")
     other = dataclasses.replace(codec, config=dataclasses.replace(codec.config, window=window))

@@ -619,6 +619,7 @@ def test_bench(place, capsys, name, extra, column):
     assert result["codecs"][0]["sha256"] == hashlib.sha256((place / "codec").read_bytes()).hexdigest()
     assert {row["context"] for row in result["rows"]} == {150, 200}
     assert all(column in row for row in result["rows"])
+    assert result["backend"] == ("torch" if "torch" in extra else "auto")
     kept = [row for row in result["rows"] if row["contestant"].endswith("latents kept")]
     assert len(kept) == 2 * ("--keep-latents" in extra)
     if name == "memory":

@@ -76,6 +76,24 @@ def test_two_devices_give_what_one_gives(spread, kind, attention):
     assert min(cache.layout.coded) >= 24
 
 
+def test_latents_are_kept_where_the_layers_are(spread):
+    codec, tokens = codec_for("llama", "decode"), random_tokens(2, 140, seed=4)
+    model = spread(build("llama"))
+    options = {
+        "window": WindowConfig(sink_tokens=2, recent_window=0, block_tokens=64),
+        "attention": "fused",
+        "backend": "torch",
+    }
+    sizes = [75, *[1] * 65]  # latents are taken from a step, and made anew behind one
+    expected, _ = _run(model, codec, tokens, sizes, **options)
+    got, cache = _run(model, codec, tokens, sizes, **options, keep_latents=True)
+    assert torch.equal(got, expected)
+    assert [held.device for held in cache._state.kept_latents.tensors] == [
+        layer.device for layer in cache.layers[1:]
+    ]
+    assert {layer.device for layer in cache.layers} == {HERE, THERE}
+
+
 @pytest.mark.parametrize("name", ["paper", "storage", "two-stage"])
 def test_other_codecs(spread, name):
     tokens = random_tokens(2, 40, seed=4)

@@ -7,7 +7,10 @@ import torch
 
 from aquakv import AquaCache, WindowConfig
 from aquakv.cache import kept_latents, paged
+from aquakv.cache.evicting import Eviction
+from aquakv.cache.storage import CodedPages
 from aquakv.errors import ConfigError
+from aquakv.eviction import H2O
 from aquakv.kernels import attend_codes, carry_latents
 from aquakv.kernels.from_codec import decode_operands
 from tiny_models import codec_for, feed, go_on, guarded_codec, random_tokens, shared, variant
@@ -197,6 +200,32 @@ def test_freed_when_other_passes_have_added_pages():
     assert not cache.footprint().latent_bytes
 
 
+def test_freed_before_rows_are_copied(monkeypatch):
+    model, codec = shared("llama"), codec_for("llama", "decode")
+    cache = cache_of(model, codec, keep_latents=True)
+    held = []
+
+    def noting(method):
+        def copying(*args, **kwargs):
+            held.append(cache._state.kept_latents.footprint())
+            return method(*args, **kwargs)
+
+        return copying
+
+    for kind, name in ((CodedPages, "select"), (Eviction, "apply_to_codes")):
+        monkeypatch.setattr(kind, name, noting(getattr(kind, name)))
+    for change in (
+        lambda: cache.batch_select_indices([1, 0]),
+        lambda: cache.evict(torch.arange(cache.get_seq_length()) != 30),
+    ):
+        feed(model, cache, random_tokens(2, 100, seed=4), [99, 1])
+        assert cache.footprint().latent_bytes > 0
+        change()
+        cache.reset()
+    assert len(held) >= 2 * len(codec.layers)
+    assert not any(held)
+
+
 def test_freed_while_a_mask_hides_compressed_tokens():
     model, codec = shared("llama"), codec_for("llama", "decode")
     tokens, mask = random_tokens(1, 120, seed=4), torch.ones(1, 120, dtype=torch.long)
@@ -210,10 +239,19 @@ def test_freed_while_a_mask_hides_compressed_tokens():
     assert not cache.footprint().latent_bytes
     go_on(model, cache, tokens, [1], mask)
     assert cache.footprint().latent_bytes == held
+    columns = cache.get_seq_length()
+    custom = torch.ones(1, 1, 1, columns + 1, dtype=torch.bool)
+    with torch.no_grad():
+        model(tokens[:, columns : columns + 1], past_key_values=cache, attention_mask=custom)
+    assert not cache.footprint().latent_bytes
 
 
 def test_who_cannot():
     model = shared("llama")
+    watching = cache_of(model, codec_for("llama", "decode"), eviction=H2O(100))
+    assert "every step" in watching.why_no_kernels()
+    watching.eviction = None
+    assert watching.why_no_kernels() is None
     with pytest.raises(ConfigError, match=r"keep_latents: .* its quantiser is entropy"):
         cache_of(model, variant("storage"), attention="auto", keep_latents=True)
     with pytest.raises(ConfigError, match=r"keep_latents: .* are reconstructed"):

@@ -429,6 +429,8 @@ class AquaCache(RepeatingCache):
             return
         self._steady = None
         with self._changing():
+            if self._state.kept_latents is not None:
+                self._state.kept_latents.forget()  # before anything is copied
             pages = torch.tensor(self.layout.select(rows), dtype=torch.long)
             if self._pruner is not None:
                 self._pruner.select(rows)
@@ -438,8 +440,6 @@ class AquaCache(RepeatingCache):
                 elif layer.exact is not None:
                     layer.pages.select(pages)
                     layer.exact.select(torch.as_tensor(rows))
-            if self._state.kept_latents is not None:
-                self._state.kept_latents.forget()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""

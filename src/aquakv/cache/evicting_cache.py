@@ -148,6 +148,7 @@ class EvictingCache(Cache):
         """
         exact = self._compressed[0].exact
         assert exact is not None  # there are rows
+        self._forget_tables()  # before anything is copied
         plan = Eviction.plan(self.layout, keep, exact.tail_columns, seen)
         for order, layer in enumerate(self._compressed):
             assert layer.exact is not None
@@ -156,4 +157,3 @@ class EvictingCache(Cache):
                 plan.apply_to_codes(layer.pages, self.codec.layer_on(order, layer.device))
         columns = plan.positions.shape[1]
         self.layout.restore(columns, plan.starts, plan.positions, plan.pages, plan.holes)
-        self._forget_tables()

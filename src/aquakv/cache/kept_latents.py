@@ -85,7 +85,7 @@ class KeptLatents:
         if place == len(self._held):
             self._held.append(made.to(device))
         elif self._held[place].shape == made.shape and self._held[place].device == device:
-            self._held[place].copy_(made)
+            self._held[place].copy_(made.to(device))
         else:
             self._held[place] = made.to(device)
         return self._held[place]

@@ -38,6 +38,7 @@ class RepeatingCache(EvictingCache):
     _backend: Backend
     _fused: bool
     _broken: bool
+    _custom_mask: bool
     _prepared: PagedStep | None
     _steady: Steady | None
     _last_steady: Steady | None
@@ -57,10 +58,18 @@ class RepeatingCache(EvictingCache):
         return reason
 
     def why_no_kernels(self) -> str | None:
-        """Return why kernels attend to codes in no step through this cache, or None if they do in some."""
+        """Return why kernels attend to codes in no step through this cache, or None if they do in some.
+
+        Raises
+        ------
+        ConfigError
+            A backend was asked for that cannot run where the first compressed layer is.
+        """
         reason, dim = self._why_not_fused() or self._why_not_paged(), self._adapter.head_dim
         if reason is None and not self._fused:
             reason = "keys and values are reconstructed (attention general, keep_decoded, or not sdpa)"
+        if reason is None and self._pruner is not None and self._pruner.wants(1):
+            reason = "the policy of eviction looks at every step's queries and keys"
         device = self._adapter.layer_device(self._adapter.compressed_layers[0])
         if reason is None and not attends_with_kernels(self._backend, dim, torch.empty(0, device=device)):
             dims = ", ".join(map(str, HEAD_DIMS))
@@ -210,7 +219,7 @@ class RepeatingCache(EvictingCache):
         other_way = self._state.sees_some_only or not all(self.layout.successive)
         if other_way or not isinstance(step, PagedStep):
             kept = self._state.kept_latents
-            if kept is not None and other_way:
+            if kept is not None and (other_way or self._custom_mask):
                 kept.forget()
             elif kept is not None:
                 kept.forget_stale(self.layout)

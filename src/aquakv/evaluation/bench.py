@@ -121,11 +121,12 @@ def with_latents_kept(model: PreTrainedModel, found: Sequence[Contestant]) -> li
     """
     both: list[Contestant] = []
     reasons: list[str] = []
+    attended = {id(one.codec) for one in found if one.attention == "fused"}
     for one in found:
         both.append(one)
-        if one.codec is None:
-            continue
         fused = one.attention == "fused"
+        if one.codec is None or (not fused and id(one.codec) in attended):
+            continue
         cache = AquaCache(model, one.codec, attention="fused" if fused else "auto", backend=one.backend)
         reason = cache.why_no_kernels()
         if reason is not None:
@@ -295,10 +296,10 @@ def bench_memory(
         A row for every context and contestant, in bytes: ``held_bytes`` in the cache's tensors after prefill,
         and of compressed caches ``code_bytes``, those of the compressed region, of them ``outlier_bytes`` for
         tokens that are exact nevertheless; ``latent_bytes`` of latents that are kept, after the decode steps.
-        As the allocator has it, beyond what it had handed out before
-        (weights, and what codecs make once for all caches): ``prefill_peak_bytes``, the most during prefill;
-        ``peak_bytes``, the most during decode steps; ``steady_bytes``, what is left after them. Held bytes
-        and both peaks also as a ratio to the exact cache's. All are None where a GPU's memory was not enough.
+        As the allocator has it, beyond what it had handed out before (weights, and what codecs make once for
+        all caches): ``prefill_peak_bytes``, the most during prefill; ``peak_bytes``, the most during decode
+        steps; ``steady_bytes``, what is left after them. Held bytes and both peaks also as a ratio to the
+        exact cache's. All are None where a GPU's memory was not enough.
     """
     require_tokens(tokens, max(contexts) + steps)
     competing = contestants(codecs, both_paths=both_paths, backend=backend)

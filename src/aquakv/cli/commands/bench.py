@@ -93,6 +93,7 @@ def decode(
         ),
         {"step, ms": "median_ms", "to exact": "ratio_to_exact", "KL, nats": "mean_kl"},
         json_out,
+        backend,
     )
 
 
@@ -206,6 +207,7 @@ def memory(
             **({"latents, bytes": "latent_bytes"} if keep_latents else {}),
         },
         json_out,
+        backend,
     )
 
 
@@ -301,6 +303,7 @@ def _run(
     measure: Callable[..., list[Row]],
     columns: dict[str, str],
     json_out: Path | None,
+    backend: Kernels = Kernels.auto,
 ) -> None:
     """Measure with ``more`` tokens than the longest context, print a table, write the file."""
     chosen = sorted(set(contexts or [1024]))
@@ -316,6 +319,7 @@ def _run(
             "model": subject.name,
             "codecs": subject.described,
             "data": subject.data,
+            "backend": backend.value,
             **environment(),
             "rows": found,
         }
