@@ -426,6 +426,9 @@ def test_generate(place, capsys, monkeypatch):
     _, kept, err = _run(capsys, *arguments, "--prompt", prompt, "--keep-decoded")
     assert kept == out
     assert "kept decoded" in " ".join(err.split())
+    _, kept, err = _run(capsys, *arguments, "--prompt", prompt, "--keep-latents")
+    assert kept == out
+    assert "keeps none, as kernels do not attend: they run on a GPU" in " ".join(err.split())
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------

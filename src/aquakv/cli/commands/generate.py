@@ -58,6 +58,11 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(loaded.model.device)
     options.require_length(int(inputs["input_ids"].shape[1]) + max_new_tokens, loaded)
     cache = AquaCache(loaded.model, loaded_codec, keep_decoded=keep_decoded, keep_latents=keep_latents)
+    if keep_latents and (reason := cache.why_no_kernels()) is not None:
+        # The text is the same either way.
+        options.messages.print(
+            f"[dim]--keep-latents keeps none, as kernels do not attend: {reason}[/dim]", highlight=False
+        )
     set_seed(seed)
     with torch.no_grad():
         model_: Any = loaded.model
