@@ -220,8 +220,7 @@ class AquaCache(RepeatingCache):
         reason = self._why_not_fused()
         if reason is not None and attention == "fused":
             raise ConfigError(f"attention: this codec cannot be attended to directly: {reason}; use general")
-        by_sdpa = getattr(self._adapter.config, "_attn_implementation", "eager") == "sdpa"
-        return reason is None and (attention == "fused" or by_sdpa)
+        return reason is None and (attention == "fused" or self._implementation == "sdpa")
 
     def forward_ends(self) -> None:
         """Learn that a forward pass is over (called by the model's hooks)."""

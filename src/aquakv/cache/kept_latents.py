@@ -38,7 +38,7 @@ class KeptLatents:
 
     def are_current(self, layout: TokenLayout, table: Tensor) -> bool:
         """Tell whether they are those of a layout's pages, in the places of a table of these."""
-        return self._made_of == _pages_of(layout, table)
+        return self._made_of == (*_pages_of(layout), table.shape)
 
     def forget(self) -> None:
         """Free them."""
@@ -47,7 +47,7 @@ class KeptLatents:
 
     def forget_stale(self, layout: TokenLayout) -> None:
         """Free them if they are those of other pages: another way of attending may go on from here."""
-        if self._made_of is None or self._made_of[:2] != (len(layout.pages), layout.selections):
+        if self._made_of is None or self._made_of[:2] != _pages_of(layout):
             self.forget()
 
     def at(self, order: int) -> Tensor | None:
@@ -65,7 +65,7 @@ class KeptLatents:
 
     def complete(self, layout: TokenLayout, table: Tensor) -> None:
         """Note whose latents have been kept, once those of all layers are there."""
-        self._made_of = _pages_of(layout, table)
+        self._made_of = *_pages_of(layout), table.shape
 
     def renew(self, layout: TokenLayout, layers: Sequence[CodedLayer], backend: Backend) -> None:
         """Make them of all layers' pages, whose tables are up to date; in place if they fit."""
@@ -100,6 +100,6 @@ class KeptLatents:
         return storage_bytes(*self._held)
 
 
-def _pages_of(layout: TokenLayout, table: Tensor) -> tuple[int, int, torch.Size]:
+def _pages_of(layout: TokenLayout) -> tuple[int, int]:
     """Return what tells a layout's pages from others that the same state of a cache has had."""
-    return len(layout.pages), layout.selections, table.shape
+    return len(layout.pages), layout.selections

@@ -43,10 +43,14 @@ class RepeatingCache(EvictingCache):
     _steady: Steady | None
     _last_steady: Steady | None
 
+    @property
+    def _implementation(self) -> str:
+        """By what the model attends, as transformers names it."""
+        return getattr(self._adapter.config, "_attn_implementation", "eager")
+
     def _why_not_fused(self) -> str | None:
         """Return why nothing attends to codes, whatever is asked for, or None."""
-        reason = why_not_fused(self.codec)
-        implementation = getattr(self._adapter.config, "_attn_implementation", "eager")
+        reason, implementation = why_not_fused(self.codec), self._implementation
         if reason is None and implementation not in ("sdpa", "eager"):
             reason = f"the model attends by {implementation}, expected sdpa or eager"
         return why_no_views(self._adapter) if reason is None else reason
